@@ -10,6 +10,7 @@ and long sums stop growing in bfloat16.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,7 +215,9 @@ def unfold_input(target: Target, inputs: Tensor) -> Tensor:
         module = _as_conv2d(module)
     if isinstance(module, (nn.Conv2d, _Conv2dShape)):
         if isinstance(module.padding, str):
-            raise ModelError(f"{target.name}: padding={module.padding!r} is not supported for calibration; use numbers")
+            raise ModelError(
+                f"{target.name}: padding={module.padding!r} is not supported for calibration; use numbers"
+            )
         columns = torch.nn.functional.unfold(
             inputs, module.kernel_size, module.dilation, module.padding, module.stride
         )
@@ -263,6 +266,8 @@ class Observation(Mapping[str, Statistics]):
         self._statistics: dict[str, Statistics] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[Tensor, int, str] | None = None
+        self.seconds = 0.0
+        """Spent on the statistics themselves, apart from running the model."""
 
     def __getitem__(self, name: str) -> Statistics:
         return self._statistics[name]
@@ -278,7 +283,9 @@ class Observation(Mapping[str, Statistics]):
         same = self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version
         leader = self._last[2] if same and self._last is not None else target.name
         if self._leader.setdefault(target.name, leader) != leader:
-            raise ModelError(f"{target.name} shares its input with other layers in some calls and not in others")
+            raise ModelError(
+                f"{target.name} shares its input with other layers in some calls and not in others"
+            )
         if leader != target.name:
             self._statistics[target.name] = self._statistics[leader]
             return
@@ -286,7 +293,9 @@ class Observation(Mapping[str, Statistics]):
         self._last = (inputs, inputs._version, target.name)
         if target.name not in self._statistics:
             self._statistics[target.name] = create()
+        started = time.perf_counter()
         self._statistics[target.name].update(unfold_input(target, inputs.detach()))
+        self.seconds += time.perf_counter() - started
 
     def forget_last(self) -> None:
         """Let go of the last input."""
@@ -353,7 +362,9 @@ class _ProductObserver(TorchFunctionMode):
     ):
         super().__init__()
         self._by_address = {
-            target.parameter.detach()[target.index].data_ptr(): target for group in stacked.values() for target in group
+            target.parameter.detach()[target.index].data_ptr(): target
+            for group in stacked.values()
+            for target in group
         }
         self._observation, self._creator = observation, creator
 

@@ -30,7 +30,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gossamer.core.selection import Sparsity, check_scores, dropped_count, keep_by_comparing, keep_highest, keep_highest_jointly
+from gossamer.core.selection import (
+    Sparsity,
+    check_scores,
+    dropped_count,
+    keep_by_comparing,
+    keep_highest,
+    keep_highest_jointly,
+)
 from gossamer.errors import PatternError, SparsityError, UnknownNameError
 
 Scope = Literal["row", "layer", "model"]
@@ -51,7 +58,9 @@ class Pattern(ABC):
     def check_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Raise :class:`PatternError` if a weight of this shape cannot take the pattern."""
         if len(shape) < 2:
-            raise PatternError(f"{name} has shape {tuple(shape)}; {self} needs at least two dimensions (out, in)")
+            raise PatternError(
+                f"{name} has shape {tuple(shape)}; {self} needs at least two dimensions (out, in)"
+            )
 
     @abstractmethod
     def select(self, scores: Tensor, sparsity: Sparsity | None = None, name: str = "scores") -> Tensor:
@@ -81,7 +90,9 @@ class Pattern(ABC):
             If a score is NaN.
         """
 
-    def select_jointly(self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None) -> dict[str, Tensor]:
+    def select_jointly(
+        self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None
+    ) -> dict[str, Tensor]:
         """Masks of several layers; they are independent unless the scope of the pattern is the model."""
         return {name: self.select(values, sparsity, name) for name, values in scores.items()}
 
@@ -99,7 +110,9 @@ class Pattern(ABC):
                 raise SparsityError(f"the pattern {self} leaves the sparsity open: give one in [0, 1)")
             return own
         if own is not None and not math.isclose(float(sparsity), own, abs_tol=1e-9):
-            raise SparsityError(f"sparsity {float(sparsity):g} contradicts the pattern {self}, which fixes {own:g}")
+            raise SparsityError(
+                f"sparsity {float(sparsity):g} contradicts the pattern {self}, which fixes {own:g}"
+            )
         return sparsity
 
     def verify(self, mask: Tensor, sparsity: Sparsity | None = None, name: str = "mask") -> None:
@@ -134,7 +147,16 @@ class Pattern(ABC):
         kind, _, scope = text.partition(":")
         if kind == "unstructured":
             return Unstructured(_scope(scope or "layer"))
-        known = ["unstructured", "unstructured:row", "unstructured:model", "2:4", "4:8", "16x1", "rows", "columns"]
+        known = [
+            "unstructured",
+            "unstructured:row",
+            "unstructured:model",
+            "2:4",
+            "4:8",
+            "16x1",
+            "rows",
+            "columns",
+        ]
         raise UnknownNameError("pattern", text, known)
 
 
@@ -173,7 +195,9 @@ class Unstructured(Pattern):
         flat = scores.flatten(1) if self.scope == "row" else scores.reshape(1, -1)
         return keep_highest(flat, dropped_count(flat.shape[1], sparsity), name).view(scores.shape)
 
-    def select_jointly(self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None) -> dict[str, Tensor]:  # noqa: D102
+    def select_jointly(
+        self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None
+    ) -> dict[str, Tensor]:  # noqa: D102
         if self.scope != "model":
             return super().select_jointly(scores, sparsity)
         total = sum(values.numel() for values in scores.values())
@@ -198,7 +222,9 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m or self.dim < 0:
-            raise PatternError(f"{self.n}:{self.m}@{self.dim} is impossible: 1 <= n <= m and dimension >= 0 are needed")
+            raise PatternError(
+                f"{self.n}:{self.m}@{self.dim} is impossible: 1 <= n <= m and dimension >= 0 are needed"
+            )
 
     @property
     def sparsity(self) -> float:
@@ -222,7 +248,11 @@ class NM(Pattern):
         scores = check_scores(scores, name).movedim(self.dim, -1)
         groups = scores.reshape(-1, self.m)
         # counting comparisons grows with m, partitioning does not: they meet at about 32
-        kept = keep_by_comparing(groups, self.m - self.n) if self.m <= 32 else keep_highest(groups, self.m - self.n)
+        kept = (
+            keep_by_comparing(groups, self.m - self.n)
+            if self.m <= 32
+            else keep_highest(groups, self.m - self.n)
+        )
         return kept.reshape(scores.shape).movedim(-1, self.dim).contiguous()
 
 
@@ -244,9 +274,13 @@ class Block(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", tuple(self.size))
         if len(self.size) != 2 or min(self.size) < 1:
-            raise PatternError(f"block size {self.size} is impossible: two positive numbers are needed, such as 16x1")
+            raise PatternError(
+                f"block size {self.size} is impossible: two positive numbers are needed, such as 16x1"
+            )
         if _scope(self.scope) == "model":
-            raise PatternError("blocks compete within a row or a layer; for the whole model use an allocation")
+            raise PatternError(
+                "blocks compete within a row or a layer; for the whole model use an allocation"
+            )
 
     def __str__(self) -> str:
         return f"{self.size[0]}x{self.size[1]}" + ("" if self.scope == "layer" else f":{self.scope}")
@@ -290,7 +324,9 @@ class Channels(Pattern):
         sparsity = self.resolve(sparsity)
         self.check_shape(scores.shape, name)
         per_channel = check_scores(scores, name).transpose(0, self.dim).flatten(1).mean(1)
-        kept = keep_highest(per_channel.unsqueeze(0), dropped_count(len(per_channel), sparsity), name).flatten()
+        kept = keep_highest(
+            per_channel.unsqueeze(0), dropped_count(len(per_channel), sparsity), name
+        ).flatten()
         shape = [1] * scores.dim()
         shape[self.dim] = -1
         return kept.view(shape).expand(scores.shape).contiguous()

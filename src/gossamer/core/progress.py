@@ -6,13 +6,22 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _T = TypeVar("_T")
 _console = Console(stderr=True)
 
 
-def track(items: Iterable[_T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[_T]:
+def track(
+    items: Iterable[_T], description: str, total: int | None = None, enabled: bool = True
+) -> Iterator[_T]:
     """Yield the items with a progress bar on standard error.
 
     Parameters

@@ -53,7 +53,9 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     # a sum is one fast pass; only if it is NaN (also from +inf − inf) is a second look needed
     if torch.isnan(scores.sum()) and torch.isnan(scores).any():
         count = int(torch.isnan(scores).sum())
-        raise NonFiniteError(f"{name}: {count} of {scores.numel()} scores are NaN; look for NaN in weights or data")
+        raise NonFiniteError(
+            f"{name}: {count} of {scores.numel()} scores are NaN; look for NaN in weights or data"
+        )
     return scores
 
 
@@ -142,7 +144,9 @@ def keep_by_comparing(scores: Tensor, dropped: int) -> Tensor:
         for start in share:
             part = flat[start : start + step]
             size = len(part)
-            np.subtract(m - 1, position[:size], out=beaten[:size])  # as if each beat all the later ones of its row
+            np.subtract(
+                m - 1, position[:size], out=beaten[:size]
+            )  # as if each beat all the later ones of its row
             for distance in range(1, m):
                 wins = later[: size - distance]  # of the later element of each pair, also on a tie
                 np.greater_equal(part[distance:], part[:-distance], out=wins.view(bool))
@@ -199,7 +203,9 @@ def _digits(scores: Mapping[str, Tensor], names: list[str]) -> tuple[int, int]:
         total += values.numel()
         widths.add(values.dtype.itemsize)
     if len(widths) > 1:
-        raise SparsityError("scores of different precision cannot share one threshold; convert them to one dtype")
+        raise SparsityError(
+            "scores of different precision cannot share one threshold; convert them to one dtype"
+        )
     return (max(widths) * 8 // _DIGIT_BITS if widths else 0), total
 
 
@@ -217,7 +223,9 @@ def _chunks(scores: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
             yield _ordered_keys(part)
 
 
-def _radix_search(scores: Mapping[str, Tensor], names: list[str], digits: int, dropped: int) -> tuple[int, int]:
+def _radix_search(
+    scores: Mapping[str, Tensor], names: list[str], digits: int, dropped: int
+) -> tuple[int, int]:
     """Key of the `dropped`-th lowest score, and how many of the elements equal to it are to be dropped."""
     base = 1 << _DIGIT_BITS
     prefix = 0
