@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from fractions import Fraction
 
 
 class GossamerError(Exception):
@@ -74,7 +75,7 @@ class MissingDependencyError(GossamerError, ImportError):
         super().__init__(f"{purpose} needs {library}, which is not installed: pip install 'gossamer[{extra}]'")
 
 
-def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
+def check_sparsity(sparsity: float | Fraction, name: str = "sparsity") -> float | Fraction:
     """Return `sparsity` if it lies in [0, 1).
 
     Raises

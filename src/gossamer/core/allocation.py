@@ -57,9 +57,7 @@ def proportional(raw_density: Mapping[str, float], shapes: Shapes, sparsity: flo
     check_sparsity(sparsity)
     for name, value in raw_density.items():
         if not (math.isfinite(value) and value >= 0):
-            raise ConfigurationError(
-                f"the weight of {name} in the allocation is {value}; it must be finite and ≥ 0"
-            )
+            raise ConfigurationError(f"the weight of {name} in the allocation is {value}; it must be finite and ≥ 0")
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     budget = (1 - sparsity) * sum(sizes.values())
     dense: set[str] = set()
@@ -178,9 +176,7 @@ def sigmoid(importance: Mapping[str, float], sparsity: float, *, steepness: floa
     return {name: max(0.0, 1 - keep * value / centre) for name, value in raw.items()}
 
 
-def exact_counts(
-    sparsities: Mapping[str, Sparsity], shapes: Shapes, sparsity: Sparsity
-) -> dict[str, Fraction]:
+def exact_counts(sparsities: Mapping[str, Sparsity], shapes: Shapes, sparsity: Sparsity) -> dict[str, Fraction]:
     """Round an allocation to whole weights with exactly ⌊sparsity · total⌋ zeros (largest remainders first).
 
     Returns

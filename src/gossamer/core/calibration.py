@@ -98,18 +98,36 @@ class InputMoments(Statistic):
 
 
 class Gram(Statistic):
-    """XᵀX over all tokens, ``(in_features, in_features)`` float32."""
+    """XᵀX over all tokens, ``(in_features, in_features)`` float32.
+
+    Only panels on and above the diagonal are multiplied, which saves three eighths of the work of the full product.
+    """
+
+    _PANELS = 4
 
     def __init__(self, features: int, device: torch.device | str = "cpu"):
         super().__init__(features, device)
-        self.matrix = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self._upper = torch.zeros(features, features, dtype=torch.float32, device=device)
 
     def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
         inputs = inputs.float()
-        self.matrix.addmm_(inputs.t(), inputs)
+        width = -(-self.features // self._PANELS)
+        for start in range(0, self.features, width):
+            panel = inputs[:, start : start + width]
+            self._upper[start : start + width, start:].addmm_(panel.t(), inputs[:, start:])
+
+    @property
+    def matrix(self) -> Tensor:
+        """The whole symmetric matrix, a new tensor."""
+        return self._upper.triu() + self._upper.triu(1).t()
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Sums of squares, ``(in_features,)``."""
+        return self._upper.diagonal()
 
     def check(self) -> Tensor:  # noqa: D102
-        return self.matrix.diagonal()
+        return self._upper.diagonal()
 
 
 class AbsoluteHistogram(Statistic):
@@ -209,18 +227,14 @@ class Statistics(Mapping[type[Statistic], Any]):
 
 def unfold_input(target: Target, inputs: Tensor) -> Tensor:
     """The rows that a layer multiplies, ``(tokens, in_features · kernel)``; with groups, of all groups side by side."""
-    module = target.module
+    module: Any = target.module
     if isinstance(module, nn.Conv1d):
         inputs = inputs.unsqueeze(-2)
-        module = _as_conv2d(module)
+        module = _Conv2dShape(module)
     if isinstance(module, (nn.Conv2d, _Conv2dShape)):
         if isinstance(module.padding, str):
-            raise ModelError(
-                f"{target.name}: padding={module.padding!r} is not supported for calibration; use numbers"
-            )
-        columns = torch.nn.functional.unfold(
-            inputs, module.kernel_size, module.dilation, module.padding, module.stride
-        )
+            raise ModelError(f"{target.name}: padding={module.padding!r} is not supported for calibration; use numbers")
+        columns = torch.nn.functional.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
     if isinstance(module, nn.Conv3d):
         raise ModelError(f"{target.name}: three-dimensional convolutions cannot be calibrated; exclude them")
@@ -228,15 +242,13 @@ def unfold_input(target: Target, inputs: Tensor) -> Tensor:
 
 
 class _Conv2dShape:
+    """A one-dimensional convolution seen as a two-dimensional one of height 1."""
+
     def __init__(self, module: nn.Conv1d):
         self.kernel_size = (1, *module.kernel_size)
         self.dilation = (1, *module.dilation)
         self.padding = module.padding if isinstance(module.padding, str) else (0, *module.padding)
         self.stride = (1, *module.stride)
-
-
-def _as_conv2d(module: nn.Conv1d) -> _Conv2dShape:
-    return _Conv2dShape(module)
 
 
 def per_weight(target: Target, values: Tensor) -> Tensor:
@@ -283,9 +295,7 @@ class Observation(Mapping[str, Statistics]):
         same = self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version
         leader = self._last[2] if same and self._last is not None else target.name
         if self._leader.setdefault(target.name, leader) != leader:
-            raise ModelError(
-                f"{target.name} shares its input with other layers in some calls and not in others"
-            )
+            raise ModelError(f"{target.name} shares its input with other layers in some calls and not in others")
         if leader != target.name:
             self._statistics[target.name] = self._statistics[leader]
             return
@@ -362,9 +372,7 @@ class _ProductObserver(TorchFunctionMode):
     ):
         super().__init__()
         self._by_address = {
-            target.parameter.detach()[target.index].data_ptr(): target
-            for group in stacked.values()
-            for target in group
+            target.parameter.detach()[target.index].data_ptr(): target for group in stacked.values() for target in group
         }
         self._observation, self._creator = observation, creator
 

@@ -36,9 +36,7 @@ def unpack_bits(bits: Tensor, shape: Iterable[int]) -> Tensor:
     shape = torch.Size(shape)
     count = shape.numel()
     if bits.numel() != (count + 7) // 8:
-        raise CheckpointError(
-            f"{bits.numel()} bytes of mask for shape {tuple(shape)}, which needs {(count + 7) // 8}"
-        )
+        raise CheckpointError(f"{bits.numel()} bytes of mask for shape {tuple(shape)}, which needs {(count + 7) // 8}")
     if bits.device.type == "cpu":
         flat = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flat.view(bool)).view(shape)
@@ -48,11 +46,7 @@ def unpack_bits(bits: Tensor, shape: Iterable[int]) -> Tensor:
 
 def count_bits(bits: Tensor) -> int:
     """Number of ones in packed bytes."""
-    return (
-        int(np.bitwise_count(bits.cpu().numpy()).sum())
-        if hasattr(np, "bitwise_count")
-        else _count_slowly(bits)
-    )
+    return int(np.bitwise_count(bits.cpu().numpy()).sum()) if hasattr(np, "bitwise_count") else _count_slowly(bits)
 
 
 def _count_slowly(bits: Tensor) -> int:
@@ -84,9 +78,7 @@ class MaskSet(Mapping[str, Tensor]):
         self._packed: dict[str, _Packed] = {}
         for name, mask in (masks or {}).items():
             if mask.dtype != torch.bool:
-                raise CheckpointError(
-                    f"the mask of {name!r} has dtype {mask.dtype}; masks are bool, True where kept"
-                )
+                raise CheckpointError(f"the mask of {name!r} has dtype {mask.dtype}; masks are bool, True where kept")
             self._packed[name] = _Packed(pack_bits(mask), mask.shape)
 
     @classmethod
@@ -191,9 +183,7 @@ class MaskSet(Mapping[str, Tensor]):
                 )
             first = owner.setdefault(id(parameter), name)
             if first != name and not torch.equal(self._packed[first].bits, packed.bits):
-                raise TargetError(
-                    f"{name!r} and {first!r} are one tied parameter, but their masks differ; keep one"
-                )
+                raise TargetError(f"{name!r} and {first!r} are one tied parameter, but their masks differ; keep one")
             if first == name:
                 bound[name] = parameter
         return bound
@@ -256,9 +246,7 @@ class MaskSet(Mapping[str, Tensor]):
         for key in state:
             name, _, part = key.rpartition(":")
             if part not in ("bits", "shape") or f"{name}:bits" not in state or f"{name}:shape" not in state:
-                raise CheckpointError(
-                    f"{key!r} is not a complete entry of a mask set (bits and shape are both needed)"
-                )
+                raise CheckpointError(f"{key!r} is not a complete entry of a mask set (bits and shape are both needed)")
             if part == "bits":
                 shape = torch.Size(state[f"{name}:shape"].tolist())
                 unpack_bits(state[key], shape)

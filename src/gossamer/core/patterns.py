@@ -58,9 +58,7 @@ class Pattern(ABC):
     def check_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
         """Raise :class:`PatternError` if a weight of this shape cannot take the pattern."""
         if len(shape) < 2:
-            raise PatternError(
-                f"{name} has shape {tuple(shape)}; {self} needs at least two dimensions (out, in)"
-            )
+            raise PatternError(f"{name} has shape {tuple(shape)}; {self} needs at least two dimensions (out, in)")
 
     @abstractmethod
     def select(self, scores: Tensor, sparsity: Sparsity | None = None, name: str = "scores") -> Tensor:
@@ -90,9 +88,7 @@ class Pattern(ABC):
             If a score is NaN.
         """
 
-    def select_jointly(
-        self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None
-    ) -> dict[str, Tensor]:
+    def select_jointly(self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None) -> dict[str, Tensor]:
         """Masks of several layers; they are independent unless the scope of the pattern is the model."""
         return {name: self.select(values, sparsity, name) for name, values in scores.items()}
 
@@ -110,9 +106,7 @@ class Pattern(ABC):
                 raise SparsityError(f"the pattern {self} leaves the sparsity open: give one in [0, 1)")
             return own
         if own is not None and not math.isclose(float(sparsity), own, abs_tol=1e-9):
-            raise SparsityError(
-                f"sparsity {float(sparsity):g} contradicts the pattern {self}, which fixes {own:g}"
-            )
+            raise SparsityError(f"sparsity {float(sparsity):g} contradicts the pattern {self}, which fixes {own:g}")
         return sparsity
 
     def verify(self, mask: Tensor, sparsity: Sparsity | None = None, name: str = "mask") -> None:
@@ -195,9 +189,7 @@ class Unstructured(Pattern):
         flat = scores.flatten(1) if self.scope == "row" else scores.reshape(1, -1)
         return keep_highest(flat, dropped_count(flat.shape[1], sparsity), name).view(scores.shape)
 
-    def select_jointly(
-        self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None
-    ) -> dict[str, Tensor]:  # noqa: D102
+    def select_jointly(self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None) -> dict[str, Tensor]:
         if self.scope != "model":
             return super().select_jointly(scores, sparsity)
         total = sum(values.numel() for values in scores.values())
@@ -222,9 +214,7 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m or self.dim < 0:
-            raise PatternError(
-                f"{self.n}:{self.m}@{self.dim} is impossible: 1 <= n <= m and dimension >= 0 are needed"
-            )
+            raise PatternError(f"{self.n}:{self.m}@{self.dim} is impossible: 1 <= n <= m and dimension >= 0 are needed")
 
     @property
     def sparsity(self) -> float:
@@ -248,11 +238,7 @@ class NM(Pattern):
         scores = check_scores(scores, name).movedim(self.dim, -1)
         groups = scores.reshape(-1, self.m)
         # counting comparisons grows with m, partitioning does not: they meet at about 32
-        kept = (
-            keep_by_comparing(groups, self.m - self.n)
-            if self.m <= 32
-            else keep_highest(groups, self.m - self.n)
-        )
+        kept = keep_by_comparing(groups, self.m - self.n) if self.m <= 32 else keep_highest(groups, self.m - self.n)
         return kept.reshape(scores.shape).movedim(-1, self.dim).contiguous()
 
 
@@ -274,13 +260,9 @@ class Block(Pattern):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", tuple(self.size))
         if len(self.size) != 2 or min(self.size) < 1:
-            raise PatternError(
-                f"block size {self.size} is impossible: two positive numbers are needed, such as 16x1"
-            )
+            raise PatternError(f"block size {self.size} is impossible: two positive numbers are needed, such as 16x1")
         if _scope(self.scope) == "model":
-            raise PatternError(
-                "blocks compete within a row or a layer; for the whole model use an allocation"
-            )
+            raise PatternError("blocks compete within a row or a layer; for the whole model use an allocation")
 
     def __str__(self) -> str:
         return f"{self.size[0]}x{self.size[1]}" + ("" if self.scope == "layer" else f":{self.scope}")
@@ -324,9 +306,7 @@ class Channels(Pattern):
         sparsity = self.resolve(sparsity)
         self.check_shape(scores.shape, name)
         per_channel = check_scores(scores, name).transpose(0, self.dim).flatten(1).mean(1)
-        kept = keep_highest(
-            per_channel.unsqueeze(0), dropped_count(len(per_channel), sparsity), name
-        ).flatten()
+        kept = keep_highest(per_channel.unsqueeze(0), dropped_count(len(per_channel), sparsity), name).flatten()
         shape = [1] * scores.dim()
         shape[self.dim] = -1
         return kept.view(shape).expand(scores.shape).contiguous()

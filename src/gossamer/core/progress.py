@@ -19,9 +19,7 @@ _T = TypeVar("_T")
 _console = Console(stderr=True)
 
 
-def track(
-    items: Iterable[_T], description: str, total: int | None = None, enabled: bool = True
-) -> Iterator[_T]:
+def track(items: Iterable[_T], description: str, total: int | None = None, enabled: bool = True) -> Iterator[_T]:
     """Yield the items with a progress bar on standard error.
 
     Parameters

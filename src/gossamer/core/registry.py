@@ -9,12 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from gossamer.errors import ConfigurationError
 
-When = Literal[
-    "after training", "during training", "at inference", "fine-tuning", "layer", "estimator", "solver"
-]
-Granularity = Literal[
-    "weights", "blocks", "channels", "heads", "layers", "activations", "tokens", "updates", "edges"
-]
+When = Literal["after training", "during training", "at inference", "fine-tuning", "layer", "estimator", "solver"]
+Granularity = Literal["weights", "blocks", "channels", "heads", "layers", "activations", "tokens", "updates", "edges"]
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,8 @@ def register(
     def add(factory: _T) -> _T:
         taken = REGISTER.get(name)
         if taken is not None and taken.factory.__qualname__ != factory.__qualname__:
-            raise ConfigurationError(
-                f"two methods are called {name!r}: {taken.factory} and {factory}; rename one"
-            )
-        room = (
-            factory.__module__.split(".")[1]
-            if factory.__module__.startswith("gossamer.")
-            else factory.__module__
-        )
+            raise ConfigurationError(f"two methods are called {name!r}: {taken.factory} and {factory}; rename one")
+        room = factory.__module__.split(".")[1] if factory.__module__.startswith("gossamer.") else factory.__module__
         REGISTER[name] = MethodSpec(name, factory, room, paper, when, granularity, needs_data)
         return factory
 

@@ -36,9 +36,7 @@ class Schedule(ABC):
 
     def __post_init__(self) -> None:
         if self.end <= self.begin:
-            raise ConfigurationError(
-                f"the schedule ends at step {self.end}, not after its beginning at {self.begin}"
-            )
+            raise ConfigurationError(f"the schedule ends at step {self.end}, not after its beginning at {self.begin}")
 
     def __call__(self, step: int) -> float:
         if step <= self.begin:

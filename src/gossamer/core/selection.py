@@ -53,9 +53,7 @@ def check_scores(scores: Tensor, name: str = "scores") -> Tensor:
     # a sum is one fast pass; only if it is NaN (also from +inf − inf) is a second look needed
     if torch.isnan(scores.sum()) and torch.isnan(scores).any():
         count = int(torch.isnan(scores).sum())
-        raise NonFiniteError(
-            f"{name}: {count} of {scores.numel()} scores are NaN; look for NaN in weights or data"
-        )
+        raise NonFiniteError(f"{name}: {count} of {scores.numel()} scores are NaN; look for NaN in weights or data")
     return scores
 
 
@@ -135,6 +133,7 @@ def keep_by_comparing(scores: Tensor, dropped: int) -> Tensor:
     keep = torch.empty(rows, m, dtype=torch.bool)
     flat, out = scores.detach().reshape(-1).numpy(), keep.view(-1).numpy()
     step = max(1, _COMPARED_AT_ONCE // m) * m
+    step = min(step, len(flat)) or m
     starts = range(0, len(flat), step)
     position = np.tile(np.arange(m, dtype=np.uint8), step // m)
     within = [(position < m - distance).view(np.uint8) for distance in range(m)]
@@ -144,9 +143,7 @@ def keep_by_comparing(scores: Tensor, dropped: int) -> Tensor:
         for start in share:
             part = flat[start : start + step]
             size = len(part)
-            np.subtract(
-                m - 1, position[:size], out=beaten[:size]
-            )  # as if each beat all the later ones of its row
+            np.subtract(m - 1, position[:size], out=beaten[:size])  # as if each beat all the later ones of its row
             for distance in range(1, m):
                 wins = later[: size - distance]  # of the later element of each pair, also on a tie
                 np.greater_equal(part[distance:], part[:-distance], out=wins.view(bool))
@@ -156,6 +153,9 @@ def keep_by_comparing(scores: Tensor, dropped: int) -> Tensor:
             np.greater_equal(beaten[:size], dropped, out=out[start : start + size])
 
     workers = min(torch.get_num_threads(), max(1, len(starts) // 8))
+    if workers == 1:
+        count_beaten(starts)
+        return keep
     with ThreadPoolExecutor(workers) as pool:  # numpy lets go of the interpreter lock
         list(pool.map(count_beaten, (starts[worker::workers] for worker in range(workers))))
     return keep
@@ -203,9 +203,7 @@ def _digits(scores: Mapping[str, Tensor], names: list[str]) -> tuple[int, int]:
         total += values.numel()
         widths.add(values.dtype.itemsize)
     if len(widths) > 1:
-        raise SparsityError(
-            "scores of different precision cannot share one threshold; convert them to one dtype"
-        )
+        raise SparsityError("scores of different precision cannot share one threshold; convert them to one dtype")
     return (max(widths) * 8 // _DIGIT_BITS if widths else 0), total
 
 
@@ -223,9 +221,7 @@ def _chunks(scores: Mapping[str, Tensor], names: list[str]) -> Iterator[Tensor]:
             yield _ordered_keys(part)
 
 
-def _radix_search(
-    scores: Mapping[str, Tensor], names: list[str], digits: int, dropped: int
-) -> tuple[int, int]:
+def _radix_search(scores: Mapping[str, Tensor], names: list[str], digits: int, dropped: int) -> tuple[int, int]:
     """Key of the `dropped`-th lowest score, and how many of the elements equal to it are to be dropped."""
     base = 1 << _DIGIT_BITS
     prefix = 0

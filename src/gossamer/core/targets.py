@@ -7,7 +7,7 @@ that writing to it changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -143,7 +143,7 @@ def _examples(model: nn.Module) -> str:
     return ", ".join(repr(name) for name in (names[:1] + names[-1:])) or "nothing prunable"
 
 
-def _targets_of(module_name: str, module: nn.Module):  # type: ignore[no-untyped-def]
+def _targets_of(module_name: str, module: nn.Module) -> Iterator[Target]:
     prefix = f"{module_name}." if module_name else ""
     if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         yield Target(f"{prefix}weight", module_name, module)
@@ -170,5 +170,5 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
             head = None
     if head is not None:
         return [head]
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))]
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, (nn.Linear, *_CONVOLUTIONS))]
     return layers[-1:] if getter is None and len(layers) > 1 else []

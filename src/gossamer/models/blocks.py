@@ -250,9 +250,7 @@ def _record(
     template: list[Any] = []
     with ExitStack() as patches:
         for name, block in stack.blocks.items():
-            patches.enter_context(
-                _patched(block, _recorder(name, block, names, calls, inputs, template, device))
-            )
+            patches.enter_context(_patched(block, _recorder(name, block, names, calls, inputs, template, device)))
         for batch in batches:
             try:
                 with torch.no_grad():

@@ -265,9 +265,7 @@ class _Run:
     device: torch.device | str | None
     journal: Journal
     progress: bool
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "selection": 0.0}
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "statistics": 0.0, "selection": 0.0})
     _masks: dict[str, Tensor] = field(default_factory=dict)
     _reports: dict[str, LayerReport] = field(default_factory=dict)
 
@@ -329,9 +327,7 @@ class _Run:
         owner = {}
         names = [name for stack in find_stacks(self.model) for name in stack.blocks]
         for target in self.targets:
-            owner[target.name] = next(
-                (n for n in names if target.module_name.startswith(f"{n}.")), target.name
-            )
+            owner[target.name] = next((n for n in names if target.module_name.startswith(f"{n}.")), target.name)
             if target.name in stats:
                 norm = per_weight(target, stats[target.name][InputNorm].norm)
                 score = input_weighted(target.matrix(), norm).flatten()
@@ -362,9 +358,7 @@ class _Run:
         for target in self.targets:
             owner = next((n for n in names if target.module_name.startswith(f"{n}.")), target.module_name)
             groups.setdefault(owner, []).append(target)
-        for owner, group in track(
-            groups.items(), f"pruning: {_name(type(self.pruner))}", enabled=self.progress
-        ):
+        for owner, group in track(groups.items(), f"pruning: {_name(type(self.pruner))}", enabled=self.progress):
             with onloaded(names.get(owner, group[0].module), self.device, self.journal.directory):
                 if not self._restore(owner, group):
                     for target in group:
@@ -405,9 +399,7 @@ class _Run:
         return bool(entries)
 
     def _keep(self, name: str, targets: list[Target]) -> None:
-        self.journal.keep(
-            name, {t: (self._masks[t.name], dataclasses.asdict(self._reports[t.name])) for t in targets}
-        )
+        self.journal.keep(name, {t: (self._masks[t.name], dataclasses.asdict(self._reports[t.name])) for t in targets})
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -467,9 +459,7 @@ def prune(
 
         spec = specification(method)
         if spec.when != "after training":
-            raise ConfigurationError(
-                f"{method!r} acts {spec.when}; prune takes methods that act after training"
-            )
+            raise ConfigurationError(f"{method!r} acts {spec.when}; prune takes methods that act after training")
         method = create(method, **parameters)
     elif parameters:
         raise ConfigurationError(f"{sorted(parameters)} are given beside a ready-made pruner; set them on it")

@@ -124,9 +124,7 @@ class Journal:
         return self.directory / f"done-{name or 'model'}.safetensors"
 
 
-def _fingerprint(
-    settings: Mapping[str, Any], batches: Sequence[Any] | None, targets: Sequence[Target]
-) -> str:
+def _fingerprint(settings: Mapping[str, Any], batches: Sequence[Any] | None, targets: Sequence[Target]) -> str:
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
     for target in targets:
         digest.update(f"{target.name}{tuple(target.shape)}{target.parameter.dtype}".encode())
@@ -144,13 +142,7 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    values = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, (tuple, list))
-        else [batch]
-    )
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     return [value for value in values if isinstance(value, Tensor)]
 
 
