@@ -151,8 +151,39 @@ def shifted(offsets: Mapping[str, float], shapes: Shapes, sparsity: float) -> di
     return result
 
 
-def sigmoid(importance: Mapping[str, float], sparsity: float, *, steepness: float = 13.1) -> dict[str, float]:
-    """Keep ratios that follow the logistic function of centred importance [CFSP, Wang et al., 2024, arXiv 2409.13199].
+STEEPNESS = 128 * 1024 / 1e4
+"""CFSP sums the angle over 128 × 1024 tokens and divides by 1e4: this is its factor on the mean angle of a token."""
+
+
+def logistic_shares(importance: Mapping[str, float], *, steepness: float = STEEPNESS) -> dict[str, float]:
+    """``σ(steepness · (I − mean I))`` of each importance, divided by its mean: shares of a budget, 1 on average.
+
+    Parameters
+    ----------
+    importance
+        Name → importance, in any unit; must be finite.
+    steepness
+        Factor on the centred importance, in units of the importance itself.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is nothing to share between, or an importance is not finite.
+    """
+    for name, value in importance.items():
+        if not math.isfinite(value):
+            raise ConfigurationError(f"the importance of {name} is {value}; it must be finite")
+    if not importance:
+        raise ConfigurationError("shares of a budget need at least one name with its importance")
+    mean = sum(importance.values()) / len(importance)
+    # tanh saturates where exp overflows, which importances without an upper limit (squared errors) do reach
+    raw = {n: (1 + math.tanh(steepness * (value - mean) / 2)) / 2 for n, value in importance.items()}
+    centre = sum(raw.values()) / len(raw)
+    return {name: value / centre for name, value in raw.items()}
+
+
+def sigmoid(importance: Mapping[str, float], sparsity: float, *, steepness: float = STEEPNESS) -> dict[str, float]:
+    """Density in proportion to the logistic function of centred importance [CFSP, Wang et al., 2024, arXiv 2409.13199].
 
     Parameters
     ----------
@@ -162,18 +193,21 @@ def sigmoid(importance: Mapping[str, float], sparsity: float, *, steepness: floa
         Mean over the blocks (which are taken as equally large).
     steepness
         Factor on the centred importance, in units of the importance itself.
+
+    Returns
+    -------
+    dict of str to float
+        Block → sparsity. Where a block would keep all it has or more, all are pulled towards the mean, so far that
+        the highest stays 1/1.05 of the way from the mean to dense.
     """
     check_sparsity(sparsity)
-    mean = sum(importance.values()) / len(importance)
-    raw = {name: 1 / (1 + math.exp(-steepness * (value - mean))) for name, value in importance.items()}
-    centre = sum(raw.values()) / len(raw)
-    highest = max(raw.values())
-    keep = 1 - sparsity
-    if keep * highest / centre >= 1 and highest > centre:
-        # a block would keep more than it has: pull all of them towards the mean
-        shrink = (centre * (1 / keep - 1)) / (highest - centre) / 1.05
-        raw = {name: centre + (value - centre) * min(1.0, shrink) for name, value in raw.items()}
-    return {name: max(0.0, 1 - keep * value / centre) for name, value in raw.items()}
+    density = 1 - sparsity
+    shares = logistic_shares(importance, steepness=steepness)
+    highest = max(shares.values())
+    if density * highest >= 1 and highest > 1:
+        shrink = (1 / density - 1) / (highest - 1) / 1.05
+        shares = {name: 1 + (share - 1) * shrink for name, share in shares.items()}
+    return {name: max(0.0, 1 - density * share) for name, share in shares.items()}
 
 
 def exact_counts(sparsities: Mapping[str, Sparsity], shapes: Shapes, sparsity: Sparsity) -> dict[str, Fraction]:
