@@ -4,6 +4,24 @@ __version__ = "0.1.0"
 
 from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import NM, Block, Channels, Pattern, Unstructured
+from gossamer.models import LoadedModel, calibration_batches, evaluation_tokens, load, read_text, save_dense
 from gossamer.pruning.base import PruningResult, prune
+from gossamer.storage import save
 
-__all__ = ["NM", "Block", "Channels", "MaskSet", "Pattern", "PruningResult", "Unstructured", "prune"]
+__all__ = [
+    "NM",
+    "Block",
+    "Channels",
+    "LoadedModel",
+    "MaskSet",
+    "Pattern",
+    "PruningResult",
+    "Unstructured",
+    "calibration_batches",
+    "evaluation_tokens",
+    "load",
+    "prune",
+    "read_text",
+    "save",
+    "save_dense",
+]

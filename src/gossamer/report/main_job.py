@@ -1,0 +1,327 @@
+"""The main job, from a model to a page: prune, measure dense beside sparse, save, reload, write, show."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.core.progress import track
+from gossamer.errors import GossamerError
+from gossamer.measure import (
+    bytes_in_memory,
+    bytes_on_disk,
+    density,
+    describe_machine,
+    divergence,
+    generation_speed,
+    perplexity,
+    read_bandwidth,
+)
+from gossamer.methods import method as specification
+from gossamer.models import LoadedModel, calibration_batches, evaluation_tokens, load, read_text
+from gossamer.papers import paper
+from gossamer.pruning.base import LayerReport, PruningResult, prune
+from gossamer.report.page import write_page
+from gossamer.storage import atomic_directory, save, size_report, write_json
+
+PROMPTS = (
+    "The most important thing to know about whales is",
+    "Explain in two sentences why the sky is blue.",
+    "A short recipe for tomato soup:",
+)
+
+
+@dataclass
+class Calibration:
+    """Which text a method sees.
+
+    Attributes
+    ----------
+    text
+        Name of a bundled text or path of a file.
+    sequences, length
+        Number of windows and tokens in each.
+    seed
+        Of the choice of windows.
+    """
+
+    text: str = "state-of-the-union"
+    sequences: int = 16
+    length: int = 512
+    seed: int = 0
+
+    def batches(self, tokenizer: Any) -> list[torch.Tensor]:
+        """Windows of token ids, ``(1, length)`` each."""
+        return calibration_batches(read_text(self.text), tokenizer, self.sequences, self.length, self.seed)
+
+
+@dataclass
+class Evaluation:
+    """On which text quality is measured.
+
+    Attributes
+    ----------
+    text
+        Name of a bundled text or path of a file.
+    tokens
+        How many of its tokens.
+    window, stride
+        Of the sliding window.
+    """
+
+    text: str = "moby-dick"
+    tokens: int = 4096
+    window: int = 1024
+    stride: int = 512
+
+    def ids(self, tokenizer: Any) -> torch.Tensor:
+        """Token ids, ``(1, tokens)``."""
+        return evaluation_tokens(read_text(self.text), tokenizer, self.tokens)
+
+
+@dataclass
+class MainJob:
+    """Everything the main job needs to know.
+
+    Attributes
+    ----------
+    source
+        Model: packaged name, directory, hub id or GGUF file.
+    method, parameters
+        Name of a pruner and its hyper-parameters.
+    output
+        Directory for the sparse model, the record and the page.
+    curve
+        Sparsities of the quality curve, for the method and for magnitude; empty leaves it out.
+    """
+
+    source: str
+    output: Path
+    method: str = "wanda"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    curve: Sequence[float] = (0.3, 0.6, 0.7)
+    new_tokens: int = 48
+    overwrite: bool = False
+    command: str = ""
+    say: Callable[[str], None] = print
+
+    def run(self) -> dict[str, Any]:
+        """Do the job and return its record; the output directory appears only when all of it is done.
+
+        Raises
+        ------
+        OutputError
+            If the output directory is in use.
+        """
+        started = time.perf_counter()
+        with atomic_directory(self.output, overwrite=self.overwrite) as directory:
+            loaded = load(self.source, dtype="float32")
+            if loaded.licence:
+                self.say(loaded.licence)
+            dense, tokenizer = loaded.model, loaded.tokenizer
+            sparse = copy.deepcopy(dense)
+            result = prune(sparse, self.method, calibration=self._batches(tokenizer), **self.parameters)
+            self.say(str(result))
+            save(sparse, directory / "model", tokenizer, settings=self._settings(result))
+            reloaded = load(str(directory / "model"), dtype="float32").model
+            _check_identical(sparse, reloaded)
+            record = self._record(loaded, reloaded, result, directory)
+            record["seconds"]["whole job"] = time.perf_counter() - started
+            write_json(directory / "record.json", record)
+            write_page(record, directory / "report.html")
+        return record
+
+    def _batches(self, tokenizer: Any) -> list[torch.Tensor] | None:
+        return self.calibration.batches(tokenizer) if specification(self.method).needs_data else None
+
+    def _settings(self, result: PruningResult) -> dict[str, Any]:
+        return {"source": self.source, **result.settings, "calibration": dataclasses.asdict(self.calibration)}
+
+    def _record(
+        self, loaded: LoadedModel, sparse: nn.Module, result: PruningResult, directory: Path
+    ) -> dict[str, Any]:
+        dense, tokenizer = loaded.model, loaded.tokenizer
+        ids = self.evaluation.ids(tokenizer)
+        quality = divergence(dense, sparse, ids, self.evaluation.window, self.evaluation.stride)
+        # the method decides which layers are prunable, and so the denominator
+        share = density(sparse, prunable=[name for name, _ in sparse.named_parameters() if name in result.masks])
+        speeds = {
+            name: generation_speed(model, tokenizer, prompt_tokens=128, new_tokens=32, repeats=3)
+            for name, model in track({"dense": dense, "sparse": sparse}.items(), "measuring speed", total=2)
+        }
+        sizes = size_report(directory / "model")
+        bandwidth = read_bandwidth()
+        described = paper(specification(self.method).paper)
+        sides = {}
+        for name, model, words in (("dense", dense, quality.dense), ("sparse", sparse, quality.sparse)):
+            sides[name] = {
+                "perplexity": words.value,
+                "perplexity_error": words.value * words.standard_error if words.standard_error else None,
+                "file_bytes": sizes.dense_bytes if name == "dense" else bytes_on_disk(directory / "model", (".safetensors",)),
+                "memory_bytes": bytes_in_memory(model),
+                "prefill_tokens_per_second": _spread(speeds[name].prefill),
+                "decode_tokens_per_second": _spread(speeds[name].decode),
+            }
+        sides["sparse"] |= {
+            "kl": quality.kl,
+            "top1_agreement": quality.top1_agreement,
+            "density": 1 - result.sparsity,
+            "overall_density": share.total("all").density,
+        }
+        return {
+            "title": f"{_short(loaded.source)} made sparse with {self.method}",
+            "command": self.command,
+            "python": self._python(result),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "model": {
+                "name": _short(loaded.source),
+                "source": loaded.source,
+                "licence": loaded.licence,
+                "parameters": loaded.parameters,
+                "prunable_parameters": result.masks.total,
+                "dtype": "float32",
+            },
+            "method": {
+                "name": self.method,
+                "paper": {
+                    "title": described.title,
+                    "authors": described.authors,
+                    "year": described.year,
+                    "arxiv": described.arxiv,
+                },
+                "settings": result.settings,
+            },
+            **sides,
+            "limit": {
+                "read_bandwidth_bytes_per_second": bandwidth,
+                "decode_limit_dense": bandwidth / bytes_in_memory(dense),
+                "decode_limit_sparse": bandwidth / sides["sparse"]["file_bytes"],
+            },
+            "layers": [_layer(report) for report in result.layers],
+            "curve": self._curve(dense, sparse, tokenizer),
+            "generations": self._generations(dense, sparse, tokenizer),
+            "calibration": dataclasses.asdict(self.calibration),
+            "evaluation": dataclasses.asdict(self.evaluation),
+            "seconds": result.seconds,
+            "machine": describe_machine(),
+            "notes": [
+                f"The denominator of the sparsity is the {result.masks.total:,} weights of the pruned layers, not the "
+                f"{loaded.parameters:,} of the whole model.",
+                "Speed is that of the ordinary dense kernels of torch on the sparse weights.",
+            ],
+        }
+
+    def _curve(self, dense: nn.Module, sparse: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
+        """Perplexity against sparsity on a shorter text, with a shorter calibration for the method's other points."""
+        if not self.curve:
+            return []
+        ids = dataclasses.replace(self.evaluation, tokens=min(2048, self.evaluation.tokens)).ids(tokenizer)
+        few = dataclasses.replace(self.calibration, sequences=min(4, self.calibration.sequences)).batches(tokenizer)
+        window = self.evaluation.window
+
+        def measured(model: nn.Module) -> float:
+            return perplexity(model, ids, window, window, progress=False).value
+
+        level = measured(dense)
+        points = [{"method": name, "sparsity": 0.0, "perplexity": level} for name in (self.method, "magnitude")]
+        if not self.parameters.get("pattern"):
+            points.append(
+                {"method": self.method, "sparsity": self.parameters.get("sparsity", 0.5), "perplexity": measured(sparse)}
+            )
+        contenders = [(self.method, s) for s in self.curve] + [("magnitude", s) for s in (0.3, 0.5, 0.6)]
+        for name, sparsity in track(contenders, "quality against sparsity"):
+            model = copy.deepcopy(dense)
+            data = few if specification(name).needs_data else None
+            prune(model, name, calibration=data, sparsity=sparsity, progress=False)
+            points.append({"method": name, "sparsity": sparsity, "perplexity": measured(model)})
+        return sorted(points, key=lambda point: (point["method"], point["sparsity"]))
+
+    def _generations(self, dense: nn.Module, sparse: nn.Module, tokenizer: Any) -> list[dict[str, str]]:
+        return [
+            {
+                "prompt": prompt,
+                "dense": generate(dense, tokenizer, prompt, self.new_tokens),
+                "sparse": generate(sparse, tokenizer, prompt, self.new_tokens),
+            }
+            for prompt in track(PROMPTS, "writing")
+        ]
+
+    def _python(self, result: PruningResult) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.parameters.items())
+        return (
+            f"loaded = gossamer.load({self.source!r})\n"
+            f"batches = gossamer.calibration_batches(gossamer.read_text({self.calibration.text!r}), loaded.tokenizer, "
+            f"{self.calibration.sequences}, {self.calibration.length}, seed={self.calibration.seed})\n"
+            f"gossamer.prune(loaded.model, {self.method!r}, calibration=batches{options})\n"
+            f'gossamer.save(loaded.model, "sparse-model", loaded.tokenizer)'
+        )
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int = 48) -> str:
+    """Greedy continuation of a prompt (with mild protection against loops), without the prompt.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From :func:`gossamer.load`.
+    prompt
+        Text; put through the chat template where the tokenizer has one.
+    new_tokens
+        Most tokens to write.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    device = next(model.parameters()).device
+    ids = encoded["input_ids"].to(device)
+    written = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def command_line(words: Sequence[str]) -> str:
+    """The command as one would type it."""
+    return shlex.join(["gossamer", *words])
+
+
+def _check_identical(saved: nn.Module, reloaded: nn.Module) -> None:
+    after = dict(reloaded.named_parameters())
+    for name, parameter in saved.named_parameters():
+        if not torch.equal(parameter, after[name]):
+            raise GossamerError(f"{name} differs after saving and loading; please report this")
+
+
+def _spread(timing: Any) -> dict[str, float]:
+    return {"median": timing.median, "low": timing.low, "high": timing.high}
+
+
+def _layer(report: LayerReport) -> dict[str, Any]:
+    return {"name": report.name, "shape": list(report.shape), "sparsity": report.sparsity, "error": report.error}
+
+
+def _short(source: str) -> str:
+    names = {"demo": "SmolLM2-135M-Instruct", "smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
+    return names.get(source, Path(source).name or source)
