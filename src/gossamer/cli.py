@@ -57,7 +57,9 @@ def prune(
     output: Output,
     method: Annotated[str, typer.Option(help="a method of `gossamer methods`")] = "wanda",
     sparsity: Annotated[float | None, typer.Option(help="fraction of zeros in [0, 1)")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured[:row|layer|model], 2:4, 16x1, rows, columns")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured[:row|layer|model], 2:4, 16x1, rows, columns")
+    ] = None,
     calibration: TextName = "state-of-the-union",
     sequences: Annotated[int, typer.Option(help="calibration windows")] = 16,
     length: Annotated[int, typer.Option(help="tokens in each")] = 512,
@@ -95,7 +97,9 @@ def prune(
     shutil.rmtree(workspace, ignore_errors=True)
     sizes = size_report(output)
     console.print(str(result))
-    console.print(f"{output}: {sizes.packed_bytes / 1e6:.1f} MB, {sizes.ratio:.3f} of the dense {sizes.dense_bytes / 1e6:.1f} MB")
+    console.print(
+        f"{output}: {sizes.packed_bytes / 1e6:.1f} MB, {sizes.ratio:.3f} of the dense {sizes.dense_bytes / 1e6:.1f} MB"
+    )
 
 
 @app.command("eval")
@@ -283,7 +287,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Set up what all commands share."""
     from transformers.utils import logging

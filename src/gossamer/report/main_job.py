@@ -149,9 +149,7 @@ class MainJob:
     def _settings(self, result: PruningResult) -> dict[str, Any]:
         return {"source": self.source, **result.settings, "calibration": dataclasses.asdict(self.calibration)}
 
-    def _record(
-        self, loaded: LoadedModel, sparse: nn.Module, result: PruningResult, directory: Path
-    ) -> dict[str, Any]:
+    def _record(self, loaded: LoadedModel, sparse: nn.Module, result: PruningResult, directory: Path) -> dict[str, Any]:
         dense, tokenizer = loaded.model, loaded.tokenizer
         ids = self.evaluation.ids(tokenizer)
         quality = divergence(dense, sparse, ids, self.evaluation.window, self.evaluation.stride)
@@ -169,7 +167,9 @@ class MainJob:
             sides[name] = {
                 "perplexity": words.value,
                 "perplexity_error": words.value * words.standard_error if words.standard_error else None,
-                "file_bytes": sizes.dense_bytes if name == "dense" else bytes_on_disk(directory / "model", (".safetensors",)),
+                "file_bytes": sizes.dense_bytes
+                if name == "dense"
+                else bytes_on_disk(directory / "model", (".safetensors",)),
                 "memory_bytes": bytes_in_memory(model),
                 "prefill_tokens_per_second": _spread(speeds[name].prefill),
                 "decode_tokens_per_second": _spread(speeds[name].decode),
@@ -238,7 +238,11 @@ class MainJob:
         points = [{"method": name, "sparsity": 0.0, "perplexity": level} for name in (self.method, "magnitude")]
         if not self.parameters.get("pattern"):
             points.append(
-                {"method": self.method, "sparsity": self.parameters.get("sparsity", 0.5), "perplexity": measured(sparse)}
+                {
+                    "method": self.method,
+                    "sparsity": self.parameters.get("sparsity", 0.5),
+                    "perplexity": measured(sparse),
+                }
             )
         contenders = [(self.method, s) for s in self.curve] + [("magnitude", s) for s in (0.3, 0.5, 0.6)]
         for name, sparsity in track(contenders, "quality against sparsity"):
