@@ -41,7 +41,12 @@ def build(kind: str, head: str = "AutoModelForCausalLM", **settings) -> nn.Modul
 
 # kind, settings → number of layers, matrices of the first one, width
 CASES = {
-    "llama": ({**SMALL, "intermediate_size": 88, "num_key_value_heads": 2}, 2, ["gate_proj", "up_proj", "down_proj"], 88),
+    "llama": (
+        {**SMALL, "intermediate_size": 88, "num_key_value_heads": 2},
+        2,
+        ["gate_proj", "up_proj", "down_proj"],
+        88,
+    ),
     "mistral": (
         # as wide in the middle as outside, like its attention: shapes alone cannot tell them apart
         {**SMALL, "intermediate_size": 32, "num_key_value_heads": 2},

@@ -357,7 +357,7 @@ def test_a_shrunk_model_prunes_again_and_generates():
     Cfsp(sparsity=0.3).prune(model, tokens(), progress=False)
     result = Cfsp(sparsity=0.3).prune(model, tokens(), progress=False)
     assert max(before for before, _ in result.widths.values()) < WIDTH
-    assert model.generate(tokens()[0], max_new_tokens=4, do_sample=False).shape[1] == 28
+    assert model.generate(tokens()[0], max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] == 28
 
 
 @pytest.mark.parametrize("physical", [True, False])
@@ -367,9 +367,7 @@ def test_a_model_offloaded_to_disk_gives_the_same(tmp_path, physical):
     plain, away = llama(), llama()
     disk_offload(away, tmp_path / "weights", execution_device=torch.device("cpu"))
     first = Flap(sparsity=0.3, physical=physical).prune(plain, tokens(), progress=False)
-    second = Flap(sparsity=0.3, physical=physical).prune(
-        away, tokens(), workspace=tmp_path / "changed", progress=False
-    )
+    second = Flap(sparsity=0.3, physical=physical).prune(away, tokens(), workspace=tmp_path / "changed", progress=False)
     assert first.masks == second.masks
     assert away.model.layers[0].mlp.up_proj.weight.is_meta
     torch.testing.assert_close(outputs(away), outputs(plain), atol=1e-6, rtol=0)
@@ -436,4 +434,4 @@ def test_nothing_is_changed_when_pruning_is_refused():
 
 
 def test_steepness_is_that_of_the_paper_for_one_token():
-    assert STEEPNESS == pytest.approx(13.1, abs=0.01)
+    assert pytest.approx(13.1, abs=0.01) == STEEPNESS

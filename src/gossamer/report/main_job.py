@@ -18,8 +18,8 @@ from torch import nn
 from gossamer.core.progress import track
 from gossamer.errors import GossamerError
 from gossamer.measure import (
+    Timing,
     bytes_in_memory,
-    bytes_on_disk,
     density,
     describe_machine,
     divergence,
@@ -155,10 +155,7 @@ class MainJob:
         quality = divergence(dense, sparse, ids, self.evaluation.window, self.evaluation.stride)
         # the method decides which layers are prunable, and so the denominator
         share = density(sparse, prunable=[name for name, _ in sparse.named_parameters() if name in result.masks])
-        speeds = {
-            name: generation_speed(model, tokenizer, prompt_tokens=128, new_tokens=32, repeats=3)
-            for name, model in track({"dense": dense, "sparse": sparse}.items(), "measuring speed", total=2)
-        }
+        speeds = _speeds({"dense": dense, "sparse": sparse}, tokenizer)
         sizes = size_report(directory / "model")
         bandwidth = read_bandwidth()
         described = paper(specification(self.method).paper)
@@ -166,13 +163,13 @@ class MainJob:
         for name, model, words in (("dense", dense, quality.dense), ("sparse", sparse, quality.sparse)):
             sides[name] = {
                 "perplexity": words.value,
-                "perplexity_error": words.value * words.standard_error if words.standard_error else None,
+                "perplexity_error": words.standard_error,
                 "file_bytes": sizes.dense_bytes
                 if name == "dense"
                 else bytes_on_disk(directory / "model", (".safetensors",)),
                 "memory_bytes": bytes_in_memory(model),
-                "prefill_tokens_per_second": _spread(speeds[name].prefill),
-                "decode_tokens_per_second": _spread(speeds[name].decode),
+                "prefill_tokens_per_second": _spread(speeds[name]["prefill"]),
+                "decode_tokens_per_second": _spread(speeds[name]["decode"]),
             }
         sides["sparse"] |= {
             "kl": quality.kl,
@@ -207,7 +204,7 @@ class MainJob:
             "limit": {
                 "read_bandwidth_bytes_per_second": bandwidth,
                 "decode_limit_dense": bandwidth / bytes_in_memory(dense),
-                "decode_limit_sparse": bandwidth / sides["sparse"]["file_bytes"],
+                "decode_limit_sparse": bandwidth / bytes_in_memory(sparse),
             },
             "layers": [_layer(report) for report in result.layers],
             "curve": self._curve(dense, sparse, tokenizer),
@@ -266,8 +263,9 @@ class MainJob:
         options = "".join(f", {name}={value!r}" for name, value in self.parameters.items())
         return (
             f"loaded = gossamer.load({self.source!r})\n"
-            f"batches = gossamer.calibration_batches(gossamer.read_text({self.calibration.text!r}), loaded.tokenizer, "
-            f"{self.calibration.sequences}, {self.calibration.length}, seed={self.calibration.seed})\n"
+            f"text = gossamer.read_text({self.calibration.text!r})\n"
+            f"batches = gossamer.calibration_batches(text, loaded.tokenizer, {self.calibration.sequences}, "
+            f"{self.calibration.length}, seed={self.calibration.seed})\n"
             f"gossamer.prune(loaded.model, {self.method!r}, calibration=batches{options})\n"
             f'gossamer.save(loaded.model, "sparse-model", loaded.tokenizer)'
         )
@@ -318,7 +316,21 @@ def _check_identical(saved: nn.Module, reloaded: nn.Module) -> None:
             raise GossamerError(f"{name} differs after saving and loading; please report this")
 
 
-def _spread(timing: Any) -> dict[str, float]:
+def _speeds(models: dict[str, nn.Module], tokenizer: Any, rounds: int = 4) -> dict[str, dict[str, Timing]]:
+    """Prefill and decode speeds, the models taking turns so that a busy machine disturbs both alike."""
+    samples: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    for turn in track(range(rounds), "measuring speed"):
+        for name, model in models.items():
+            speed = generation_speed(model, tokenizer, 128, 32, repeats=1, warmup=1 if turn == 0 else 0)
+            samples[name]["prefill"] += speed.prefill.samples
+            samples[name]["decode"] += speed.decode.samples
+    return {
+        name: {phase: Timing.of(values, "tokens/s") for phase, values in phases.items()}
+        for name, phases in samples.items()
+    }
+
+
+def _spread(timing: Timing) -> dict[str, float]:
     return {"median": timing.median, "low": timing.low, "high": timing.high}
 
 

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.core.calibration import (
+    AbsoluteHistogram,
+    Gram,
+    InputMoments,
+    InputNorm,
+    Statistics,
+    observe,
+    per_weight,
+    unfold_input,
+)
+from gossamer.core.targets import Target, find_targets
+
+KINDS = (InputNorm, InputMoments, Gram, AbsoluteHistogram)
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(101, 10, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 10) + 0.3
+
+
+@pytest.mark.parametrize("split", [1, 7, 101])
+def test_statistics_equal_float64_however_the_data_is_split(rows, split):
+    stats = Statistics(KINDS, 10, "cpu")
+    for part in rows.split(split):
+        stats.update(part)
+    exact = rows.double()
+    torch.testing.assert_close(stats[InputNorm].norm, exact.norm(dim=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats[InputMoments].mean, exact.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats[InputMoments].variance, exact.var(0, correction=0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(stats[Gram].matrix.double(), exact.t() @ exact, rtol=1e-4, atol=1e-2)
+    assert stats.tokens == 101
+
+
+def test_half_precision_inputs_do_not_overflow():
+    stats = Statistics((InputNorm,), 2, "cpu")
+    stats.update(torch.full((1000, 2), 60_000.0, dtype=torch.float16))
+    assert torch.isfinite(stats[InputNorm].norm).all()
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_quantiles_are_within_their_stated_error(rows, q):
+    histogram = AbsoluteHistogram(10)
+    histogram.update(rows)
+    exact = float(rows.abs().flatten().quantile(q, interpolation="lower"))
+    assert histogram.quantile(q) == pytest.approx(exact, rel=1 / 16)
+
+
+class _Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.out(self.query(x) * self.key(x))
+
+
+def test_layers_with_one_input_share_one_accumulator():
+    model = _Shared()
+    targets = find_targets(model, heads=True)
+    with observe(targets, (InputNorm,)) as seen:
+        for _ in range(3):
+            model(torch.randn(4, 6))
+    assert seen["query.weight"] is seen["key.weight"]
+    assert seen["out.weight"] is not seen["query.weight"]
+    assert seen["query.weight"].tokens == 12
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=False),
+        nn.Conv2d(4, 6, (1, 3), dilation=2, bias=False),
+        nn.Conv1d(4, 6, 3, padding=1, bias=False),
+    ],
+)
+def test_an_unfolded_convolution_is_a_product(layer):
+    shape = (2, 4, 9, 9) if isinstance(layer, nn.Conv2d) else (2, 4, 9)
+    inputs = torch.randn(shape)
+    target = Target("weight", "", layer)
+    product = unfold_input(target, inputs) @ target.matrix().flatten(1).t()
+    expected = layer(inputs).flatten(2).transpose(1, 2).reshape(-1, 6)
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_values_of_a_grouped_convolution_reach_their_own_group():
+    layer = nn.Conv2d(4, 6, 1, groups=2, bias=False)
+    spread = per_weight(Target("weight", "", layer), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert spread[:3].flatten(1).unique(dim=0).tolist() == [[1.0, 2.0]]
+    assert spread[3:].flatten(1).unique(dim=0).tolist() == [[3.0, 4.0]]

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.core.selection import dropped_count, keep_by_comparing, keep_highest, keep_highest_jointly
+from gossamer.errors import NonFiniteError, SparsityError
+
+
+def reference(scores, dropped):
+    keep = torch.ones(scores.shape, dtype=torch.bool)
+    return keep.scatter_(1, scores.argsort(dim=1, stable=True)[:, :dropped], False)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.data())
+def test_a_partition_keeps_what_a_stable_sort_keeps(rows, n, data):
+    dropped = data.draw(st.integers(0, n))
+    values = data.draw(st.lists(st.integers(-3, 3), min_size=rows * n, max_size=rows * n))
+    scores = torch.tensor(values, dtype=torch.float32).view(rows, n)
+    assert torch.equal(keep_highest(scores, dropped), reference(scores, dropped))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 12), st.data())
+def test_counting_comparisons_keeps_what_a_stable_sort_keeps(rows, m, data):
+    dropped = data.draw(st.integers(0, m))
+    values = data.draw(st.lists(st.integers(-2, 2), min_size=rows * m, max_size=rows * m))
+    scores = torch.tensor(values, dtype=torch.float32).view(rows, m)
+    assert torch.equal(keep_by_comparing(scores, dropped), reference(scores, dropped))
+
+
+def test_comparing_is_right_across_the_borders_of_its_chunks():
+    scores = torch.randint(0, 4, (200_000, 5), generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(keep_by_comparing(scores, 2), keep_highest(scores, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_joint_threshold_equals_a_stable_sort_of_everything(dtype):
+    generator = torch.Generator().manual_seed(3)
+    scores = {
+        "a": torch.randint(-4, 5, (31, 7), generator=generator).to(dtype),
+        "b": torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40], dtype=dtype),
+        "c": torch.randn(500, generator=generator).to(dtype),
+    }
+    flat = torch.cat([values.flatten() for values in scores.values()]).unsqueeze(0)
+    for dropped in (0, 1, 100, 350, flat.shape[1] - 1, flat.shape[1]):
+        masks = keep_highest_jointly(scores, dropped)
+        assert torch.equal(torch.cat([mask.flatten() for mask in masks.values()]), reference(flat, dropped)[0])
+
+
+def test_counts_are_decimal_not_binary():
+    assert dropped_count(100, 0.29) == 29  # 0.29 * 100 is 28.999… in floating point
+    assert dropped_count(7, Fraction(3, 7)) == 3
+    assert dropped_count(10, 0.0) == 0
+
+
+def test_bad_input_is_named():
+    with pytest.raises(NonFiniteError, match=r"layer: 1 of 4 scores"):
+        keep_highest(torch.tensor([[1.0, float("nan"), 2.0, 3.0]]), 1, "layer")
+    with pytest.raises(SparsityError):
+        keep_highest(torch.ones(1, 4), 5)
+    with pytest.raises(SparsityError):
+        dropped_count(10, 1.0)
+
+
+def test_infinite_scores_protect():
+    scores = torch.tensor([[float("inf"), -float("inf"), 0.0, 5.0]])
+    assert keep_highest(scores, 2).tolist() == [[True, False, False, True]]

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gossamer.core.patterns import NM, Unstructured
+from gossamer.core.quantization import Quantizer
+from gossamer.errors import ConfigurationError, SingularError
+from gossamer.pruning.sparsegpt import SparseGPT, factor, prune_columns
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    return torch.randn(20, 48, generator=generator), inputs
+
+
+def output_error(weight, pruned, inputs):
+    return float(((weight - pruned) @ inputs.t()).norm())
+
+
+def test_the_block_size_does_not_matter_for_a_fixed_mask(problem):
+    weight, inputs = problem
+    factored = factor(inputs.t() @ inputs)
+    whole, mask, loss = prune_columns(weight, factored, Unstructured(), 0.5, block_size=48)
+    for block in (1, 7, 16):
+        parts, same, lost = prune_columns(weight, factored, Unstructured(), block_size=block, mask=mask)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+        assert torch.equal(same, mask)
+        assert lost == pytest.approx(loss, rel=1e-4)
+
+
+def test_without_correlations_it_is_magnitude_pruning(problem):
+    weight, _ = problem
+    pruned, mask, _ = prune_columns(weight, factor(torch.eye(48)), Unstructured(), 0.5, block_size=48)
+    assert torch.equal(mask, Unstructured().select(weight.abs(), 0.5))
+    torch.testing.assert_close(pruned, weight * mask, rtol=0, atol=0)
+
+
+def test_one_pruned_weight_gets_the_closed_form_update(problem):
+    weight, inputs = problem
+    gram = inputs.t() @ inputs
+    damping = 1e-6
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[0, 0] = False  # the first column: everything after it may make up for it
+    pruned, _, _ = prune_columns(weight, factor(gram, damping), Unstructured(), mask=mask)
+    hessian = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    inverse = torch.linalg.inv(hessian)
+    expected = weight[0].double() - weight[0, 0].double() / inverse[0, 0] * inverse[:, 0]
+    expected[0] = 0
+    torch.testing.assert_close(pruned[0].double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(pruned[1:], weight[1:])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("row"), NM(2, 4)])
+@pytest.mark.parametrize("order", ["natural", "hessian"])
+def test_the_update_lowers_the_output_error_and_the_best_refit_bounds_it(problem, pattern, order):
+    weight, inputs = problem
+    gram = inputs.t() @ inputs
+    pruned, mask, _ = prune_columns(weight, factor(gram, order=order, group=4), pattern, 0.5, block_size=16)
+    assert not (pruned[~mask] != 0).any()
+    refit = torch.zeros_like(weight)
+    for row in range(len(weight)):
+        kept = mask[row].nonzero().flatten()
+        solved = torch.linalg.solve(gram[kept][:, kept].double(), gram[kept].double() @ weight[row].double())
+        refit[row, kept] = solved.float()
+    best, found = output_error(weight, refit, inputs), output_error(weight, pruned, inputs)
+    assert best <= found * 1.001
+    assert found < output_error(weight, weight * mask, inputs)
+    if isinstance(pattern, NM):
+        assert (mask.unflatten(1, (-1, 4)).sum(2) == 2).all()
+
+
+def test_few_tokens_and_dead_features_are_survived():
+    inputs = torch.randn(5, 32)
+    inputs[:, 7] = 0
+    pruned, mask, _ = prune_columns(torch.randn(8, 32), factor(inputs.t() @ inputs), Unstructured(), 0.5)
+    assert torch.isfinite(pruned).all()
+    assert not pruned[:, 7].any()
+    assert int((~mask).sum()) == 128
+
+
+def test_a_hessian_that_cannot_be_factored_is_named():
+    with pytest.raises(SingularError, match="up_proj.*2 features from 3 tokens"):
+        factor(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), name="up_proj", tokens=3)
+
+
+def test_zeros_that_are_there_are_kept_and_counted(problem):
+    weight, inputs = problem
+    weight[:, ::4] = 0
+    pruned, mask, _ = prune_columns(
+        weight, factor(inputs.t() @ inputs), Unstructured(), 0.5, fixed_zeros=weight == 0, block_size=16
+    )
+    assert not mask[:, ::4].any()
+    assert not pruned[:, ::4].any()
+    assert int((~mask).sum()) == mask.numel() // 2
+
+
+def test_what_remains_can_be_rounded_in_the_same_sweep(problem):
+    weight, inputs = problem
+    quantizer = Quantizer(bits=4)
+    pruned, mask, _ = prune_columns(
+        weight, factor(inputs.t() @ inputs), Unstructured(), 0.5, quantizer=quantizer, block_size=16
+    )
+    grid = quantizer.fit(weight, dim=1)
+    torch.testing.assert_close(grid.round(pruned) * mask, pruned, rtol=1e-5, atol=1e-5)
+    plain = quantizer.fit(weight, dim=1).round(weight) * mask
+    assert output_error(weight, pruned, inputs) < output_error(weight, plain, inputs)
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ConfigurationError, match="multiple of 8"):
+        SparseGPT(pattern="4:8", block_size=12)
+    with pytest.raises(ConfigurationError, match="not 16x1"):
+        SparseGPT(pattern="16x1")
