@@ -8,7 +8,7 @@ the whole model in which the blocks themselves do nothing, so that nothing about
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -252,16 +252,11 @@ def _record(
         for name, block in stack.blocks.items():
             patches.enter_context(_patched(block, _recorder(name, block, names, calls, inputs, template, device)))
         for batch in batches:
-            try:
-                with torch.no_grad():
-                    run_batch(model, batch)
+            with suppress(_Stop), torch.no_grad():
+                run_batch(model, batch)
+            if any(len(made) != len(inputs) for made in calls.values()):
                 return None
-            except _Stop:
-                pass
-    expected = len(batches)
-    if len(inputs) != expected or any(len(made) != expected for made in calls.values()):
-        return None
-    return inputs, calls
+    return (inputs, calls) if len(inputs) == len(batches) else None
 
 
 def _recorder(
@@ -291,7 +286,8 @@ def _recorder(
             if key in kept_kwargs:
                 kept_kwargs[key] = None
         calls[name].append(_Call(tuple(kept_args), kept_kwargs, slot))
-        if name == names[-1]:
+        # the first batch runs to the end, to see whether any block is called again
+        if name == names[-1] and len(inputs) > 1:
             raise _Stop
         return hidden if isinstance(template[0], Tensor) else (hidden, *template[0][1:])
 
