@@ -1,0 +1,1 @@
+"""Speed against named peers, in the same run, beside the limit of the machine."""
