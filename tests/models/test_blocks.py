@@ -41,7 +41,9 @@ def gemma():
 
 def gpt2():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, bos_token_id=0, eos_token_id=0)
+    ).eval()
 
 
 def last_hidden(model, batch):
@@ -75,7 +77,12 @@ def test_both_stacks_of_an_encoder_decoder_are_found(batches):
 
 def test_a_block_that_runs_several_times_is_left_whole(batches):
     config = AlbertConfig(
-        hidden_size=32, embedding_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97
+        hidden_size=32,
+        embedding_size=16,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=97,
     )
     assert [stage.name for stage in stages(AlbertModel(config), batches)] == [""]
 
@@ -148,9 +155,7 @@ def test_a_model_on_disk_is_pruned_like_one_in_memory(method, tiny_llama, batche
     outside = LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
     data = None if method == "magnitude" else batches
     expected = gossamer.prune(inside, method, calibration=data, sparsity=0.5, progress=False)
-    found = gossamer.prune(
-        outside, method, calibration=data, sparsity=0.5, progress=False, workspace=tmp_path / "work"
-    )
+    found = gossamer.prune(outside, method, calibration=data, sparsity=0.5, progress=False, workspace=tmp_path / "work")
     assert found.masks == expected.masks
     with torch.no_grad():
         torch.testing.assert_close(outside(batches[0]).logits, inside(batches[0]).logits, rtol=0, atol=1e-5)

@@ -114,3 +114,8 @@ def test_impossible_settings_are_refused():
         SparseGPT(pattern="4:8", block_size=12)
     with pytest.raises(ConfigurationError, match="not 16x1"):
         SparseGPT(pattern="16x1")
+
+
+def test_too_few_tokens_for_a_full_hessian_are_warned_about(tiny_llama, batches):
+    with pytest.warns(UserWarning, match=r"24 calibration tokens for 48 features"):
+        SparseGPT(sparsity=0.5).prune(tiny_llama, [batches[0][:1]], progress=False)

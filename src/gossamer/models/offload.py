@@ -87,10 +87,7 @@ def _offloading_hooks(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHo
     return found
 
 
-class _Scratch:
-    """Temporary directories that live as long as the process."""
-
-    directories: list[tempfile.TemporaryDirectory] = []
+_scratch: list[tempfile.TemporaryDirectory] = []  # live as long as the process
 
 
 def _write_back(changed: list[tuple[Any, str, torch.Tensor]], workspace: str | Path | None) -> None:
@@ -108,8 +105,8 @@ def _write_back(changed: list[tuple[Any, str, torch.Tensor]], workspace: str | P
     if not on_disk:
         return
     if workspace is None:
-        _Scratch.directories.append(tempfile.TemporaryDirectory(prefix="gossamer-"))
-        workspace = _Scratch.directories[-1].name
+        _scratch.append(tempfile.TemporaryDirectory(prefix="gossamer-"))
+        workspace = _scratch[-1].name
     Path(workspace).mkdir(parents=True, exist_ok=True)
     file = Path(workspace) / f"{next(iter(on_disk))}.safetensors"
     save_file({key: value for key, (_, value) in on_disk.items()}, file)

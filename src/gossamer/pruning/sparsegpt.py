@@ -8,6 +8,7 @@ column is spread over the columns not yet visited, which is where the informatio
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,7 +63,8 @@ class SparseGPT(LayerwisePruner):
         super().__post_init__()
         if self.block_size < 1 or self.damping <= 0:
             raise ConfigurationError(
-                f"block_size is {self.block_size} and damping {self.damping}; both must be positive, such as 128 and 0.01"
+                f"block_size is {self.block_size} and damping {self.damping}; "
+                f"both must be positive, such as 128 and 0.01"
             )
         if self.order not in ("natural", "hessian"):
             raise ConfigurationError(f"order is {self.order!r}; it must be 'natural' or 'hessian'")
@@ -88,6 +90,12 @@ class SparseGPT(LayerwisePruner):
         group = self.pattern.m if isinstance(self.pattern, NM) else 1
         key = f"sparsegpt:{self.order}:{group}:{self.damping}"
         if key not in stats.derived:  # once for all layers that share the input
+            if stats.tokens < stats[Gram].features:
+                warnings.warn(
+                    f"{target.name}: {stats.tokens} calibration tokens for {stats[Gram].features} features leave the "
+                    f"Hessian without full rank; use at least as many tokens as features",
+                    stacklevel=2,
+                )
             stats.derived[key] = factor(stats[Gram].matrix, self.damping, self.order, group, target.name, stats.tokens)
         pruned, mask, _ = prune_columns(
             matrix.flatten(1),
