@@ -164,9 +164,7 @@ class MainJob:
             sides[name] = {
                 "perplexity": words.value,
                 "perplexity_error": words.standard_error,
-                "file_bytes": sizes.dense_bytes
-                if name == "dense"
-                else bytes_on_disk(directory / "model", (".safetensors",)),
+                "file_bytes": sizes.dense_bytes if name == "dense" else sizes.file_bytes,
                 "memory_bytes": bytes_in_memory(model),
                 "prefill_tokens_per_second": _spread(speeds[name]["prefill"]),
                 "decode_tokens_per_second": _spread(speeds[name]["decode"]),
