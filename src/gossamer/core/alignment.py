@@ -49,7 +49,7 @@ def aligned_widths(
     allowed = {n: [*range(steps[n], widths[n], steps[n]), widths[n]] for n in widths}
     ideal = {name: (1 - sparsities[name]) * width for name, width in widths.items()}
     place = {
-        name: min(range(len(sizes)), key=lambda i, name=name, sizes=sizes: abs(sizes[i] - ideal[name]))
+        name: min((abs(size - ideal[name]), index) for index, size in enumerate(sizes))[1]
         for name, sizes in allowed.items()
     }
     total = sum(widths.values())
