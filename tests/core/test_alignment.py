@@ -42,7 +42,7 @@ def test_by_default_wide_layers_align_to_128_and_narrow_ones_do_not():
 
 
 def test_a_step_wider_than_every_layer_is_refused_with_a_remedy():
-    with pytest.raises(ConfigurationError, match="align is 128.*64 channels.*such as 8"):
+    with pytest.raises(ConfigurationError, match=r"align is 128.*64 channels.*such as 8"):
         aligned_widths({"a": 0.5}, {"a": 64}, 0.5, 128)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,7 +74,7 @@ def test_schedules_start_end_and_never_fall(name):
     values = [schedule(step) for step in range(120)]
     assert values[:11] == [0.2] * 11
     assert values[100:] == [0.9] * 20
-    assert all(later >= earlier for earlier, later in zip(values, values[1:]))
+    assert all(later >= earlier for earlier, later in pairwise(values))
 
 
 def test_a_schedule_that_ends_before_it_begins_is_refused():

@@ -82,7 +82,7 @@ def test_few_tokens_and_dead_features_are_survived():
 
 
 def test_a_hessian_that_cannot_be_factored_is_named():
-    with pytest.raises(SingularError, match="up_proj.*2 features from 3 tokens"):
+    with pytest.raises(SingularError, match=r"up_proj.*2 features from 3 tokens"):
         factor(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), name="up_proj", tokens=3)
 
 

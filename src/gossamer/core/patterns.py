@@ -190,6 +190,7 @@ class Unstructured(Pattern):
         return keep_highest(flat, dropped_count(flat.shape[1], sparsity), name).view(scores.shape)
 
     def select_jointly(self, scores: Mapping[str, Tensor], sparsity: Sparsity | None = None) -> dict[str, Tensor]:
+        """Masks of several layers: one ranking over all of them where the scope is the model."""
         if self.scope != "model":
             return super().select_jointly(scores, sparsity)
         total = sum(values.numel() for values in scores.values())

@@ -39,6 +39,7 @@ class Schedule(ABC):
             raise ConfigurationError(f"the schedule ends at step {self.end}, not after its beginning at {self.begin}")
 
     def __call__(self, step: int) -> float:
+        """Value at a step."""
         if step <= self.begin:
             return self.initial
         if step >= self.end:
@@ -90,6 +91,7 @@ class Geometric(Schedule):
     """The same share of what remains is removed in every step: densities form a geometric series."""
 
     def __call__(self, step: int) -> float:
+        """Value at a step."""
         if self.begin < step < self.end:
             progress = (step - self.begin) / (self.end - self.begin)
             return 1 - (1 - self.initial) ** (1 - progress) * (1 - self.final) ** progress

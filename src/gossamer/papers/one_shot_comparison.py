@@ -3,7 +3,8 @@
 The experiments of the magnitude, Wanda and SparseGPT papers differ only in what they compare and in what they claim.
 The quick budget calibrates on 1,024 tokens, fewer than the 1,536 inputs of the widest layers. That is enough for the
 norms of Wanda but leaves SparseGPT's Hessian there without full rank, which costs SparseGPT quality: read a quick
-comparison with SparseGPT with that in mind, or use the full budget (16,384 tokens). Every seed draws other calibration windows (from one book) and another stretch of held-out text (from the other).
+comparison with SparseGPT with that in mind, or use the full budget (16,384 tokens). Every seed draws other
+calibration windows (from one book) and another stretch of held-out text (from the other).
 """
 
 from __future__ import annotations

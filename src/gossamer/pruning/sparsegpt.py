@@ -171,7 +171,7 @@ def factor(
             share *= 10
     raise SingularError(
         f"{name}: the Hessian of {size} features from {tokens} tokens cannot be factored even with damping 1 "
-        f"(diagonal from {float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}); use more or other calibration data"
+        f"(diagonal from {float(diagonal.min()):.3g} to {float(diagonal.max()):.3g}); use more or other data"
     )
 
 
