@@ -60,10 +60,11 @@ class _Shared(nn.Module):
         return self.out(self.query(x) * self.key(x))
 
 
-def test_layers_with_one_input_share_one_accumulator():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_layers_with_one_input_share_one_accumulator(mode):
     model = _Shared()
     targets = find_targets(model, heads=True)
-    with observe(targets, (InputNorm,)) as seen:
+    with mode(), observe(targets, (InputNorm,)) as seen:
         for _ in range(3):
             model(torch.randn(4, 6))
     assert seen["query.weight"] is seen["key.weight"]

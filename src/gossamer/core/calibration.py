@@ -271,6 +271,11 @@ def _features(target: Target) -> int:
     return target.shape[1:].numel() * getattr(target.module, "groups", 1)
 
 
+def _version(tensor: Tensor) -> int:
+    """Count of in-place changes; tensors of inference mode keep none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Observation(Mapping[str, Statistics]):
     """Statistics by target name."""
 
@@ -292,7 +297,7 @@ class Observation(Mapping[str, Statistics]):
 
     def receive(self, target: Target, inputs: Tensor, create: Callable[[], Statistics]) -> None:
         """Take the input of one call of one layer, unless a layer before it has just received the very same tensor."""
-        same = self._last is not None and self._last[0] is inputs and self._last[1] == inputs._version
+        same = self._last is not None and self._last[0] is inputs and self._last[1] == _version(inputs)
         leader = self._last[2] if same and self._last is not None else target.name
         if self._leader.setdefault(target.name, leader) != leader:
             raise ModelError(f"{target.name} shares its input with other layers in some calls and not in others")
@@ -300,7 +305,7 @@ class Observation(Mapping[str, Statistics]):
             self._statistics[target.name] = self._statistics[leader]
             return
         # holding the tensor keeps its identity from being reused by another one
-        self._last = (inputs, inputs._version, target.name)
+        self._last = (inputs, _version(inputs), target.name)
         if target.name not in self._statistics:
             self._statistics[target.name] = create()
         started = time.perf_counter()
