@@ -38,6 +38,31 @@ def test_perplexity_equals_scoring_token_by_token_in_float64(llama, tokens, wind
     assert found.value == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(16, 8), (16, 5), (16, 16), (2, 2), (100, 50)])
+def test_first_token_of_the_model_stands_before_every_window(llama, tokens, window, stride):
+    llama.config.bos_token_id = 3
+    ids = torch.cat([torch.tensor([3]), tokens[0]])
+    found = perplexity(llama, ids, window, stride, progress=False)
+    model, expected = llama.double(), []
+    step = min(stride, window - 1)
+    for position in range(1, ids.numel()):
+        start = 1
+        while start + window - 1 <= position:
+            start += step
+        context = torch.cat([ids[:1], ids[start:position]])
+        with torch.no_grad():
+            expected.append(-model(context[None]).logits[0, -1].log_softmax(-1)[ids[position]].item())
+    assert found.tokens == ids.numel() - 1
+    assert found.nll_per_token == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_sequence_without_the_first_token_is_scored_as_it_is(llama, tokens):
+    llama.config.bos_token_id = None
+    plain = perplexity(llama, tokens, 16, 8, progress=False)
+    llama.config.bos_token_id = int(tokens[0, 0]) + 1
+    assert perplexity(llama, tokens, 16, 8, progress=False) == plain
+
+
 def test_no_overlap_gives_the_mean_over_separate_chunks(llama, tokens):
     losses = []
     for chunk in tokens.split(25, dim=1):

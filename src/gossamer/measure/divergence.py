@@ -21,6 +21,7 @@ from gossamer.measure.windows import (
     check_fits,
     chunks,
     evaluation_mode,
+    first_token_of,
     scored_logits,
     sliding_windows,
     widen,
@@ -90,7 +91,7 @@ def divergence(
     ConfigurationError
         As there, or if the vocabularies differ in size.
     """
-    windows = sliding_windows(as_sequences(tokens, mask), window, stride)
+    windows = sliding_windows(as_sequences(tokens, mask), window, stride, first_token_of(dense))
     check_fits(dense, windows)
     check_fits(sparse, windows)
     dense_sums: list[float] = []

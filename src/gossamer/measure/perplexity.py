@@ -22,6 +22,7 @@ from gossamer.measure.windows import (
     check_fits,
     chunks,
     evaluation_mode,
+    first_token_of,
     scored_logits,
     sliding_windows,
     widen,
@@ -81,7 +82,8 @@ def perplexity(
     """Return the sliding-window perplexity of a causal language model.
 
     Every token after the first of its sequence is scored once, with at least ``window - stride`` tokens of
-    context as soon as there are that many. Logits are asked for only where tokens are scored, and are widened
+    context as soon as there are that many. A sequence that begins with the model's ``bos_token_id`` has it in front
+    of every window, not of the first alone. Logits are asked for only where tokens are scored, and are widened
     to float32 a few rows at a time.
 
     Parameters
@@ -115,7 +117,7 @@ def perplexity(
     NonFiniteError
         If the logits hold NaN or Inf.
     """
-    windows = sliding_windows(as_sequences(tokens, mask), window, stride)
+    windows = sliding_windows(as_sequences(tokens, mask), window, stride, first_token_of(model))
     check_fits(model, windows)
     sums: list[float] = []
     counts: list[int] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -75,7 +75,9 @@ def as_sequences(tokens: Tensor | Iterable[Tensor], mask: Tensor | Iterable[Tens
     return sequences
 
 
-def sliding_windows(sequences: Sequence[Tensor], window: int, stride: int) -> list[Window]:
+def sliding_windows(
+    sequences: Sequence[Tensor], window: int, stride: int, first_token: int | None = None
+) -> list[Window]:
     """Cut every sequence into windows such that each token after the first is scored in one window only.
 
     Parameters
@@ -88,6 +90,9 @@ def sliding_windows(sequences: Sequence[Tensor], window: int, stride: int) -> li
         Distance between the starts of two windows, in tokens, at most `window`. With ``stride == window``
         the first token of each window has no context and is not scored: the convention of the GPTQ and Wanda
         tables.
+    first_token
+        A token that begins every text the model was trained on. A sequence that begins with it has it in front
+        of each of its windows, where it takes one of the `window` places and is never scored.
 
     Raises
     ------
@@ -100,14 +105,25 @@ def sliding_windows(sequences: Sequence[Tensor], window: int, stride: int) -> li
         raise ConfigurationError(
             f"stride is {stride!r}; it must be an integer from 1 to the window of {window}, or tokens are skipped"
         )
-    return [piece for index, ids in enumerate(sequences) for piece in _cut(ids, index, window, stride)]
+    pieces: list[Window] = []
+    for index, ids in enumerate(sequences):
+        led = first_token is not None and int(ids[0]) == first_token
+        pieces += _cut_led(ids, index, window, stride) if led else _cut(ids, index, window, stride)
+    return pieces
 
 
-def _cut(ids: Tensor, sequence: int, window: int, stride: int) -> Iterator[Window]:
-    length, previous_end = ids.numel(), 1
+def _cut_led(ids: Tensor, sequence: int, window: int, stride: int) -> Iterator[Window]:
+    # with the first token in front, each window's own first token has context, so none goes unscored
+    places = window - 1
+    for piece in _cut(ids[1:], sequence, places, min(stride, places), first_scored=0):
+        yield replace(piece, ids=torch.cat([ids[:1], piece.ids]))
+
+
+def _cut(ids: Tensor, sequence: int, window: int, stride: int, first_scored: int = 1) -> Iterator[Window]:
+    length, previous_end = ids.numel(), first_scored
     for start in range(0, length, stride):
         end = min(start + window, length)
-        scored = end - max(previous_end, start + 1)
+        scored = end - max(previous_end, start + first_scored)
         if scored > 0:
             yield Window(ids[start:end], scored, sequence, start)
         previous_end = end
@@ -150,6 +166,21 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def first_token_of(model: nn.Module) -> int | None:
+    """Return the token that begins every text of this model (``bos_token_id`` of its configuration), if any.
+
+    Some models, Gemma among them, fall apart without it: their first position serves attention as a resting
+    place. :func:`gossamer.models.evaluation_tokens` puts it in front where the tokenizer does.
+    """
+    token = getattr(_text_config(model), "bos_token_id", None)
+    return token if isinstance(token, int) else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
     """Refuse windows that the model cannot read, before it fails somewhere inside.
 
@@ -161,9 +192,7 @@ def check_fits(model: nn.Module, windows: Sequence[Window]) -> None:
         If a token id is outside the model's vocabulary.
     """
     longest = max(piece.ids.numel() for piece in windows)
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = _text_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions > 0:
         raise ConfigurationError(f"window is {longest} tokens; this model reads at most {positions}: use a smaller one")
