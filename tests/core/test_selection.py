@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gossamer.core import selection
 from gossamer.core.selection import dropped_count, keep_by_comparing, keep_highest, keep_highest_jointly
 from gossamer.errors import NonFiniteError, SparsityError
 
@@ -51,6 +52,36 @@ def test_a_joint_threshold_equals_a_stable_sort_of_everything(dtype):
     for dropped in (0, 1, 100, 350, flat.shape[1] - 1, flat.shape[1]):
         masks = keep_highest_jointly(scores, dropped)
         assert torch.equal(torch.cat([mask.flatten() for mask in masks.values()]), reference(flat, dropped)[0])
+
+
+def misleading_sample(n: int) -> torch.Tensor:
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    scores[:: (n // selection._SAMPLED_PER_LAYER) | 1] += 5
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("normal", torch.randn(100_003, generator=torch.Generator().manual_seed(0))),
+        ("few levels", torch.randint(-3, 4, (100_003,), generator=torch.Generator().manual_seed(0)).float()),
+        ("one level", torch.ones(100_003)),
+        ("misleading sample", misleading_sample(100_003)),
+    ],
+)
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.9999])
+def test_the_search_for_the_threshold_is_exact_whatever_its_sample_says(kind, layer, sparsity, monkeypatch):
+    monkeypatch.setattr(selection, "_CHUNK", 1 << 12)  # so that candidates can outgrow their room
+    scores = {"a": layer, "b": layer[:777] * 0.5}
+    dropped = int(sparsity * 100_780)
+    flat = torch.cat(list(scores.values())).unsqueeze(0)
+    masks = keep_highest_jointly(scores, dropped)
+    assert torch.equal(torch.cat(list(masks.values())), reference(flat, dropped)[0])
+
+
+def test_a_misleading_sample_is_noticed():
+    scores = {"a": misleading_sample(100_003)}
+    assert selection._bracketed_search(scores, ["a"], selection._sample(scores, ["a"]), 100_003, 50_000) is None
 
 
 def test_counts_are_decimal_not_binary():
