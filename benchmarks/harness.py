@@ -30,6 +30,7 @@ class Row:
     fraction_of_limit: float | None
     bar: float
     met: bool
+    unit: str = "s"
 
 
 def compare(
