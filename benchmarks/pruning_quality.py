@@ -21,7 +21,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "dsnot", "swap")
 CASES = (("50 %", {"sparsity": 0.5}), ("60 %", {"sparsity": 0.6}), ("2:4", {"pattern": "2:4"}))
 SETTINGS = {
     "calibration": "16 × 512 tokens of state-of-the-union, seed 0",
-    "text": "16,384 tokens of moby-dick, windows of 1,024, stride 512",
+    "text": "8,192 tokens of moby-dick, windows of 1,024, stride 1,024",
     "dtype": "float32",
     "parameters": "the defaults of each method",
 }
@@ -31,9 +31,9 @@ def measure(source: str, known: dict[str, dict[str, float]], save) -> None:
     """Fill `known`, ``"model, method, case"`` → figures, and `save()` after each."""
     loaded = load(source, dtype="float32")
     batches = calibration_batches(read_text("state-of-the-union"), loaded.tokenizer, 16, 512)
-    ids = evaluation_tokens(read_text("moby-dick"), loaded.tokenizer, 16_384)
+    ids = evaluation_tokens(read_text("moby-dick"), loaded.tokenizer, 8_192)
     if f"{source}, dense" not in known:
-        known[f"{source}, dense"] = {"perplexity": perplexity(loaded.model, ids, progress=False).value}
+        known[f"{source}, dense"] = {"perplexity": perplexity(loaded.model, ids, 1024, 1024, progress=False).value}
         save()
     cells = [(method, *case) for case in CASES for method in METHODS]
     for method, case, arguments in track(cells, f"{source}: pruning and reading"):
@@ -42,7 +42,7 @@ def measure(source: str, known: dict[str, dict[str, float]], save) -> None:
             continue
         model = copy.deepcopy(loaded.model)
         result = prune(model, method, calibration=batches, progress=False, **arguments)
-        found = perplexity(model, ids, progress=False)
+        found = perplexity(model, ids, 1024, 1024, progress=False)
         known[name] = {
             "perplexity": found.value,
             "standard error": found.standard_error,
