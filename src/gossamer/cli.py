@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gossamer import __version__
-from gossamer.errors import CheckpointError, GossamerError
+from gossamer.errors import CheckpointError, ConfigurationError, GossamerError
 
 app = typer.Typer(help="Make models sparse, and make sparse pay.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -24,6 +24,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="directory to creat
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto")]
+Device = Annotated[str, typer.Option(help="where the model computes, such as cuda")]
 TextName = Annotated[str, typer.Option(help="moby-dick, state-of-the-union, or a text file")]
 
 
@@ -65,6 +66,9 @@ def prune(
     length: Annotated[int, typer.Option(help="tokens in each")] = 512,
     seed: Annotated[int, typer.Option(help="of the choice of windows")] = 0,
     allocation: Annotated[str | None, typer.Option(help="uniform, erdos-renyi, erdos-renyi-kernel, outliers")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="any other parameter of the method: name=value; may be repeated")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="glob on module names; may be repeated")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="glob on module names; may be repeated")] = None,
     dtype: Dtype = "auto",
@@ -82,6 +86,7 @@ def prune(
     spec = specification(method)
     given = {"sparsity": sparsity, "pattern": pattern, "allocation": allocation, "include": include, "exclude": exclude}
     parameters = {name: value for name, value in given.items() if value is not None}
+    parameters |= _read_options(options or [])
     pruner = _create(method, parameters)
     workspace = output.parent / f".{output.name}.unfinished"
     # entered before the work, so that an output that cannot be written is known at once
@@ -112,6 +117,7 @@ def evaluate(
     stride: Annotated[int, typer.Option(help="step of the sliding window")] = 512,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, separated by commas")] = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Perplexity, divergence from a dense model, and density."""
@@ -119,7 +125,7 @@ def evaluate(
     from gossamer.models import load
     from gossamer.report.main_job import Evaluation
 
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype, device=device)
     if tasks:
         scores = evaluate_tasks(loaded.model, loaded.tokenizer, tasks.split(","))
         console.print_json(json.dumps(scores.scores, default=str))
@@ -127,7 +133,7 @@ def evaluate(
     ids = Evaluation(text, tokens, window, stride).ids(loaded.tokenizer)
     found: dict[str, Any] = {}
     if against:
-        both = divergence(load(against, dtype=dtype).model, loaded.model, ids, window, stride)
+        both = divergence(load(against, dtype=dtype, device=device).model, loaded.model, ids, window, stride)
         found = {"perplexity": both.sparse.value, "dense perplexity": both.dense.value}
         found |= {"KL from dense (nats)": both.kl, "top-1 agreement": both.top1_agreement}
     else:
@@ -146,6 +152,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="tokens to write")] = 64,
     repeats: Annotated[int, typer.Option(help="measurements; the median counts")] = 5,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Prefill and decode speed, memory, and the limit that the machine's memory sets."""
@@ -156,7 +163,7 @@ def bench(
     for label, source in (("", model), ("dense ", against)):
         if source is None:
             continue
-        loaded = load(source, dtype=dtype)
+        loaded = load(source, dtype=dtype, device=device)
         speed = generation_speed(loaded.model, loaded.tokenizer, prompt_tokens, new_tokens, repeats)
         for phase in ("prefill", "decode"):
             timing = getattr(speed, phase)
@@ -173,12 +180,13 @@ def generate(
     prompt: Annotated[str, typer.Option(help="what to continue")] = "The most important thing to know about whales is",
     tokens: Annotated[int, typer.Option(help="most tokens to write")] = 64,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
 ) -> None:
     """Write a continuation."""
     from gossamer.models import load
     from gossamer.report.main_job import generate as write
 
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, dtype=dtype, device=device)
     console.print(write(loaded.model, loaded.tokenizer, prompt, tokens), markup=False)
 
 
@@ -248,6 +256,20 @@ def reproduce(
 
     result = run(slug, budget=budget, seeds=seeds, output=output, overwrite=overwrite)
     console.print(f"[bold]{result.verdict.outcome}[/bold]: {result.verdict.reason}")
+
+
+def _read_options(options: list[str]) -> dict[str, Any]:
+    """Values as JSON where they are JSON (numbers, lists, true, null), as text otherwise."""
+    found = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(f"--set {option} is not of the form name=value, such as block_size=64")
+        try:
+            found[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[name.replace("-", "_")] = value
+    return found
 
 
 def _create(method: str, parameters: dict[str, Any]) -> Any:

@@ -86,6 +86,41 @@ def test_the_command_line_prunes_evaluates_and_writes(source, tmp_path, monkeypa
     assert run(monkeypatch, "generate", output, "--prompt", "a whale", "--tokens", 3) == 0
 
 
+class Interrupted(Exception):
+    """The machine goes down."""
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("wanda", []), ("sparsegpt", ["--set", "block_size=32"]), ("magnitude", [])]
+)
+def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch, capsys, method, options):
+    folder, text = source
+    words = ["prune", folder, "--method", method, "--calibration", text, "--sequences", 3, "--length", 32, *options]
+    assert run(monkeypatch, *words, "-o", tmp_path / "whole") == 0
+    kind = gossamer.methods.method(method).factory
+    layer, pruned = kind.prune_layer, []
+
+    def stop_at(limit):
+        def prune_layer(self, target, stats, sparsity):
+            if len(pruned) == limit:
+                raise Interrupted
+            pruned.append(target.name)
+            return layer(self, target, stats, sparsity)
+
+        return prune_layer
+
+    monkeypatch.setattr(kind, "prune_layer", stop_at(9))  # seven layers make a block
+    with pytest.raises(Interrupted):
+        run(monkeypatch, *words, "-o", tmp_path / "sparse")
+    assert not (tmp_path / "sparse").exists()
+    monkeypatch.setattr(kind, "prune_layer", stop_at(None))
+    assert run(monkeypatch, *words, "-o", tmp_path / "sparse") == 0
+    assert len(pruned) == 9 + 14 - 7
+    assert not list(tmp_path.glob(".sparse*"))
+    whole, resumed = (gossamer.load(str(tmp_path / name)).model.state_dict() for name in ("whole", "sparse"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -94,6 +129,8 @@ def test_the_command_line_prunes_evaluates_and_writes(source, tmp_path, monkeypa
         (["prune", "{model}", "-o", "{out}", "--pattern", "2:5x"], "unknown pattern"),
         (["prune", "{model}", "-o", "{model}"], "dense"),
         (["prune", "{model}", "-o", "{out}", "--calibration", "{missing}"], "missing"),
+        (["prune", "{model}", "-o", "{out}", "--set", "block_size"], "not of the form name=value"),
+        (["prune", "{model}", "-o", "{out}", "--set", "block_size=3"], "has no parameter 'block_size'"),
         (["eval", "{missing}"], "missing"),
         (["report", "{missing}"], "missing"),
         (["reproduce", "wandaa"], "did you mean 'wanda'"),
