@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +11,49 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from gossamer.measure import describe_machine, interleave, ratio
+from gossamer.measure import Timing, describe_machine, interleave, ratio
+from gossamer.storage.atomic import write_json
 
 
-@dataclass
+@dataclass(frozen=True)
+class Options:
+    """What the command line of every benchmark says.
+
+    Attributes
+    ----------
+    quick
+        Small sizes and few rounds: shows that a benchmark runs, and its figures mean nothing.
+    peer_python
+        Interpreter of an environment in which llm-compressor is installed.
+    """
+
+    quick: bool = False
+    peer_python: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison; times in seconds, `ratio` is how many times faster than the peer we are."""
+    """One comparison: less is better, and `ratio` is how many times less we take than the peer.
+
+    Attributes
+    ----------
+    operation, case, peer
+        What was done, on what, and what it is compared with.
+    ours, theirs
+        Medians.
+    ratio, ratio_low, ratio_high
+        Median and quartiles over the rounds of theirs / ours.
+    limit, fraction_of_limit
+        The least that is physically possible, where there is one to state, and its share of ours.
+    bar, met
+        What the ratio must reach, and whether it does.
+    rounds
+        How often both were measured.
+    unit
+        Of `ours`, `theirs` and `limit`.
+    note
+        What must be known beside the figures, such as the quality of both results.
+    """
 
     operation: str
     case: str
@@ -26,11 +63,13 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
-    limit: float | None
-    fraction_of_limit: float | None
     bar: float
     met: bool
+    limit: float | None = None
+    fraction_of_limit: float | None = None
+    rounds: int = 1
     unit: str = "s"
+    note: str = ""
 
 
 def compare(
@@ -45,48 +84,68 @@ def compare(
 ) -> Row:
     """Time both, taking turns. `limit` is the shortest possible time in seconds, where there is one to state."""
     timings = interleave({"ours": ours, "theirs": theirs}, repeats=repeats)
-    faster = ratio(timings["theirs"], timings["ours"])
-    mine, other = timings["ours"].median, timings["theirs"].median
+    return paired(operation, case, timings["ours"], peer, timings["theirs"], bar, limit)
+
+
+def paired(
+    operation: str,
+    case: str,
+    ours: Timing,
+    peer: str,
+    theirs: Timing,
+    bar: float,
+    limit: float | None = None,
+    note: str = "",
+) -> Row:
+    """A row from times that were measured in turns."""
+    faster = ratio(theirs, ours)
     return Row(
-        operation,
-        case,
-        peer,
-        mine,
-        other,
-        faster.median,
-        faster.low,
-        faster.high,
-        limit,
-        limit / mine if limit else None,
-        bar,
-        faster.median >= bar,
+        operation=operation,
+        case=case,
+        peer=peer,
+        ours=ours.median,
+        theirs=theirs.median,
+        ratio=faster.median,
+        ratio_low=faster.low,
+        ratio_high=faster.high,
+        bar=bar,
+        met=faster.median >= bar,
+        limit=limit,
+        fraction_of_limit=limit / ours.median if limit else None,
+        rounds=ours.repeats,
+        note=note,
     )
 
 
 def show(rows: list[Row]) -> None:
     """Print a table."""
-    table = Table("operation", "case", "peer", "ours, ms", "theirs, ms", "ratio", "of limit", "bar")
+    table = Table("operation", "case", "peer", "ours", "theirs", "ratio", "of limit", "bar")
     for row in rows:
         table.add_row(
             row.operation,
-            row.case,
+            f"{row.case}; {row.note}" if row.note else row.case,
             row.peer,
-            f"{row.ours * 1e3:.1f}",
-            f"{row.theirs * 1e3:.1f}",
+            f"{row.ours:.4g} {row.unit}",
+            f"{row.theirs:.4g} {row.unit}",
             f"{row.ratio:.2f} ({row.ratio_low:.2f} … {row.ratio_high:.2f})",
             f"{row.fraction_of_limit:.0%}" if row.fraction_of_limit else "",
-            f"{row.bar:g} {'met' if row.met else 'missed'}",
+            f"{row.bar:.3g} {'met' if row.met else 'missed'}",
         )
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 160)  # also in a file or a narrow window a row must stay readable
+    console.print(table)
 
 
-def main(measure: Callable[[], list[Row]]) -> None:
-    """Run one benchmark script from the command line."""
+def main(measure: Callable[[Options], list[Row]]) -> None:
+    """Run benchmarks from the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--quick", action="store_true", help="small and short, only to see that it runs")
+    parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with llm-compressor")
     arguments = parser.parse_args()
-    rows = measure()
+    rows = measure(Options(arguments.quick, arguments.peer_python))
     show(rows)
     if arguments.json:
-        content = {"machine": describe_machine(), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        content = {"date": today, "machine": describe_machine(), "quick": arguments.quick}
+        write_json(arguments.json, {**content, "rows": [asdict(row) for row in rows]})

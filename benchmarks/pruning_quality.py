@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +28,7 @@ SETTINGS = {
 }
 
 
-def measure(source: str, known: dict[str, dict[str, float]], save) -> None:
+def measure(source: str, methods: list[str], known: dict[str, dict[str, float]], save: Callable[[], None]) -> None:
     """Fill `known`, ``"model, method, case"`` → figures, and `save()` after each."""
     loaded = load(source, dtype="float32")
     batches = calibration_batches(read_text("state-of-the-union"), loaded.tokenizer, 16, 512)
@@ -35,7 +36,7 @@ def measure(source: str, known: dict[str, dict[str, float]], save) -> None:
     if f"{source}, dense" not in known:
         known[f"{source}, dense"] = {"perplexity": perplexity(loaded.model, ids, 1024, 1024, progress=False).value}
         save()
-    cells = [(method, *case) for case in CASES for method in METHODS]
+    cells = [(method, *case) for method in methods for case in CASES]
     for method, case, arguments in track(cells, f"{source}: pruning and reading"):
         name = f"{source}, {method}, {case}"
         if name in known:
@@ -67,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=["demo", "gemma"])
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("quality.json"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     arguments = parser.parse_args()
     known = json.loads(arguments.json.read_text())["figures"] if arguments.json.exists() else {}
 
@@ -75,7 +77,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
     for source in arguments.models:
-        measure(source, known, save)
+        measure(source, arguments.methods, known, save)
     show(known)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.harness import Row, compare, main
+from benchmarks.harness import Options, Row, compare, main
 from gossamer.core.patterns import NM
 from gossamer.core.selection import keep_highest_jointly
 from gossamer.measure import read_bandwidth
 
 
-def measure() -> list[Row]:
+def measure(options: Options) -> list[Row]:
     """N:M on 4096 × 4096, and 100 million weights at once."""
-    scores = torch.rand(4096, 4096, generator=torch.Generator().manual_seed(0))
-    layers = {f"layer {i}": torch.rand(10_000_000, generator=torch.Generator().manual_seed(i)) for i in range(10)}
+    side, size = (256, 100_000) if options.quick else (4096, 10_000_000)
+    scores = torch.rand(side, side, generator=torch.Generator().manual_seed(0))
+    layers = {f"layer {i}": torch.rand(size, generator=torch.Generator().manual_seed(i)) for i in range(10)}
     bandwidth = read_bandwidth()
     rows = []
     for n, m in ((2, 4), (4, 8)):
@@ -28,7 +29,7 @@ def measure() -> list[Row]:
 
         assert torch.equal(ours(), sort_and_scatter())
         limit = scores.numel() * 5 / bandwidth  # four bytes read and one written for every weight
-        rows.append(compare("N:M mask", f"{n}:{m}, 4096²", ours, "argsort + scatter", sort_and_scatter, 10, limit))
+        rows.append(compare("N:M mask", f"{n}:{m}, {side}²", ours, "argsort + scatter", sort_and_scatter, 10, limit))
 
     def concatenated() -> torch.Tensor:
         flat = torch.cat(list(layers.values()))
@@ -38,9 +39,9 @@ def measure() -> list[Row]:
     rows.append(
         compare(
             "global threshold",
-            "100 M weights, float32",
-            lambda: keep_highest_jointly(layers, 50_000_000),
-            "cat + kthvalue (400 MB copy)",
+            f"{10 * size / 1e6:g} M weights, float32",
+            lambda: keep_highest_jointly(layers, 5 * size),
+            f"cat + kthvalue ({40 * size / 1e6:g} MB copy)",
             concatenated,
             1,
             limit,

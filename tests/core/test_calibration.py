@@ -15,6 +15,7 @@ from gossamer.core.calibration import (
     unfold_input,
 )
 from gossamer.core.targets import Target, find_targets
+from gossamer.errors import NonFiniteError
 
 KINDS = (InputNorm, InputMoments, Gram, AbsoluteHistogram)
 
@@ -41,6 +42,56 @@ def test_half_precision_inputs_do_not_overflow():
     stats = Statistics((InputNorm,), 2, "cpu")
     stats.update(torch.full((1000, 2), 60_000.0, dtype=torch.float16))
     assert torch.isfinite(stats[InputNorm].norm).all()
+
+
+@pytest.mark.parametrize("split", [1, 64, 1024])
+@pytest.mark.parametrize("drift", [0.0, 1000.0])
+def test_the_variance_survives_a_large_mean(split, drift):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1024, 6, generator=generator, dtype=torch.float64)
+    mean = torch.tensor([0.0, 1.0, 20.0, 500.0, -5000.0, 5000.0], dtype=torch.float64)
+    rows = (noise + mean + drift * torch.linspace(0, 1, 1024, dtype=torch.float64)[:, None]).float()
+    moments = InputMoments(6)
+    for part in rows.split(split):
+        moments.update(part)
+    exact = rows.double()
+    torch.testing.assert_close(moments.variance, exact.var(0, correction=0), rtol=2e-5, atol=0)
+    torch.testing.assert_close(moments.mean, exact.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments.norm, exact.norm(dim=0), rtol=1e-6, atol=0)
+
+
+def test_a_constant_feature_has_no_variance():
+    moments = InputMoments(3)
+    for _ in range(3):
+        moments.update(torch.tensor([0.0, 7.7, -1e5]).expand(50, 3))
+    assert moments.variance.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_moments_give_the_norm_to_the_bit_and_gather_once_for_both(rows):
+    rows = rows * 3
+    rows[:, 4] += 1e4
+    both, alone = Statistics((InputNorm, InputMoments), 10, "cpu"), Statistics((InputNorm,), 10, "cpu")
+    for part in rows.split(40):
+        both.update(part)
+        alone.update(part)
+    same = both[InputNorm].norm == alone[InputNorm].norm
+    first = rows[:40]
+    usual = first.mean(0).abs() < 7.9 * first.std(0)
+    assert usual.sum() >= 6
+    assert same[usual].all()  # the others are counted from their mean on
+    torch.testing.assert_close(both[InputNorm].norm, alone[InputNorm].norm, rtol=1e-6, atol=0)
+    assert both[InputNorm] is both[InputMoments]
+    assert both.tokens == 101
+    assert set(both) == {InputNorm, InputMoments}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_notice_what_is_not_finite(value):
+    stats = Statistics((InputNorm, InputMoments), 2, "cpu")
+    stats.update(torch.randn(5, 2))
+    stats.update(torch.tensor([[1.0, value]]))
+    with pytest.raises(NonFiniteError, match=r"the input of some\.layer"):
+        stats.check_finite("some.layer")
 
 
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.9, 0.99])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ RESULTS = {
         "gsm": {"exact_match,strict": 0.125, "exact_match_stderr,strict": "N/A", "sample_len": 8},
     },
     "groups": {"arc": {"acc,none": 0.4}},
-    "n-shot": {"arc_easy": 5},
+    "n-shot": {"arc_easy": 5, "arc": 5},
     "versions": {"arc_easy": 1.0},
 }
 
@@ -124,6 +125,12 @@ def test_a_missing_harness_names_the_extra(monkeypatch):
         evaluate_tasks(nn.Identity(), "tokenizer", "arc_easy")
 
 
+def real_harness(test):
+    """A test of the harness itself, which takes many seconds to look through its thousands of tasks."""
+    missing = importlib.util.find_spec("lm_eval") is None
+    return pytest.mark.slow(pytest.mark.skipif(missing, reason="lm-eval is not installed")(test))
+
+
 TASK = """
 task: {name}
 dataset_path: json
@@ -152,8 +159,8 @@ def tokenizer():
     )
 
 
+@real_harness
 def test_the_real_harness_scores_a_task_of_ones_own(llama, tokenizer, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(f'{{"question": "{q}", "answer": {i % 2}}}\n' for i, q in enumerate("cdef")))
@@ -167,8 +174,82 @@ def test_the_real_harness_scores_a_task_of_ones_own(llama, tokenizer, tmp_path, 
     assert found.value("gossamer_tiny") == sum(answers) / 4
 
 
+PASSAGE = """
+task: gossamer_passage
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@real_harness
+def test_the_real_harness_agrees_on_the_perplexity_of_a_sparse_model(llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter[..., ::2] = 0
+    data = tmp_path / "passage.jsonl"
+    data.write_text('{"text": "c a t s a n d d o g s"}\n')
+    (tmp_path / "passage.yaml").write_text(PASSAGE.format(data=data))
+    found = evaluate_tasks(llama, tokenizer, "gossamer_passage", include_path=str(tmp_path))
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("c a t s a n d d o g s")["input_ids"]]])
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(llama(ids).logits[0, :-1], ids[0, 1:])
+    assert found.value("gossamer_passage", "word_perplexity") == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+GENERATION = """
+task: gossamer_{name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+fewshot_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+{settings}
+metadata: {{version: 1.0}}
+"""
+_WRITES = """generation_kwargs: {max_gen_toks: 1, do_sample: false, until: ["."]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"""
+_CHOOSES = """doc_to_choice: ["a", "b"]
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
+
+
+@real_harness
+def test_the_real_harness_generates_and_takes_groups_with_solved_examples(llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with torch.no_grad():
+        llama.lm_head.weight[29:] = 0  # ids that the tokenizer does not know
+        llama.lm_head.weight[:3] = 0
+        likeliest = int(llama(torch.tensor([tokenizer("c")["input_ids"]])).logits[0, -1].argmax())
+    data = tmp_path / "questions.jsonl"
+    data.write_text(f'{{"question": "c", "answer": "{tokenizer.decode([likeliest])}"}}\n')
+    written = {"name": "writes", "kind": "generate_until", "settings": _WRITES, "data": data}
+    (tmp_path / "writes.yaml").write_text(GENERATION.format(**written))
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text("".join(f'{{"question": "{q}", "answer": "{a}"}}\n' for q, a in zip("cdef", "abab")))
+    chosen = {"name": "chooses", "kind": "multiple_choice", "settings": _CHOOSES, "data": choices}
+    (tmp_path / "chooses.yaml").write_text(GENERATION.format(**chosen))
+    (tmp_path / "both.yaml").write_text(
+        "group: gossamer_both\ntask: [gossamer_chooses]\n"
+        "aggregate_metric_list: [{metric: acc, aggregation: mean}]\nmetadata: {version: 1.0}\n"
+    )
+    found = evaluate_tasks(llama, tokenizer, "gossamer_writes", include_path=str(tmp_path))
+    assert found.value("gossamer_writes", "exact_match") == 1.0
+    grouped = evaluate_tasks(llama, tokenizer, "gossamer_both", shots=2, include_path=str(tmp_path))
+    assert {score.task: score.shots for score in grouped.scores} == {"gossamer_chooses": 2, "gossamer_both": None}
+
+
+@real_harness
 def test_the_real_harness_says_which_data_is_missing(llama, tokenizer, tmp_path):
-    pytest.importorskip("lm_eval")
     (tmp_path / "lost.yaml").write_text(TASK.format(name="gossamer_lost", data=tmp_path / "absent.jsonl"))
     with pytest.raises(CalibrationError, match="data of task 'gossamer_lost' cannot be reached"):
         evaluate_tasks(llama, tokenizer, "gossamer_lost", include_path=str(tmp_path))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from gossamer.errors import CheckpointError
 from gossamer.papers import Interval, Result, Verdict, papers
 from gossamer.report import tables
 
@@ -27,7 +29,10 @@ def result():
     )
 
 
-@pytest.mark.parametrize("name", ["methods.md", "reproductions.md"])
+PAGES = ["methods.md", "reproductions.md", "performance.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_committed_page_is_what_the_generator_writes(tmp_path, name):
     tables.write_pages(tmp_path)
     assert (DOCS / name).read_text() == (tmp_path / name).read_text(), f"{name} is out of date: run `make docs`"
@@ -53,5 +58,49 @@ def test_reproductions_page_tells_what_was_run_and_how_to_repeat_it(monkeypatch,
 
 def test_pages_are_written_whole_into_a_new_directory(tmp_path):
     written = tables.write_pages(tmp_path / "docs")
-    assert [path.name for path in written] == ["methods.md", "reproductions.md"]
-    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == ["methods.md", "reproductions.md"]
+    assert [path.name for path in written] == PAGES
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == sorted(PAGES)
+
+
+ROW = {
+    "operation": "wanda",
+    "case": "some model | 50%",
+    "peer": "another",
+    "ours": 0.25,
+    "theirs": 0.5,
+    "ratio": 2.0,
+    "ratio_low": 1.75,
+    "ratio_high": 2.25,
+    "bar": 1.0,
+    "met": True,
+    "limit": 0.1,
+    "fraction_of_limit": 0.4,
+    "rounds": 3,
+    "unit": "s",
+    "note": "perplexity 9.00, theirs 9.01",
+}
+MEMORY = {**ROW, "operation": "peak memory", "ours": 312.5, "theirs": 250.0, "unit": "MB", "rounds": 1, "ratio": 0.8}
+
+
+def test_performance_page_shows_ratio_spread_limit_and_bar(tmp_path):
+    slow = {**MEMORY, "met": False, "limit": None, "fraction_of_limit": None, "note": ""}
+    content = {"date": "2026-01-31", "machine": {"cpu": "some processor"}, "quick": False, "rows": [ROW, slow]}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    page = tables.performance_table(tmp_path / "results.json")
+    assert "Measured on 2026-01-31 on: cpu some processor." in page
+    assert (
+        "| wanda | some model \\| 50%; perplexity 9.00, theirs 9.01 | 250 ms | another | 500 ms "
+        "| 2.00 (1.75 to 2.25) | 3 | 40% | 1, met |"
+    ) in page
+    assert "| peak memory | some model \\| 50% | 312.5 MB | another | 250 MB | 0.80 | 1 |  | 1, **missed** |" in page
+
+
+def test_performance_page_without_figures_says_how_to_get_them(tmp_path):
+    assert "run `make bench`" in tables.performance_table(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"rows": [{}], "date": "", "machine": {}}'])
+def test_damaged_benchmark_results_are_named(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"results\.json is damaged"):
+        tables.performance_table(tmp_path / "results.json")

@@ -5,12 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import gossamer
 from gossamer.core.patterns import NM, Pattern
-from gossamer.errors import ConfigurationError, PatternError, TargetError, UnknownNameError
+from gossamer.errors import CheckpointError, ConfigurationError, PatternError, TargetError, UnknownNameError
 from gossamer.pruning.dsnot import DSnoT, refine_mask
+from gossamer.pruning.journal import Journal
 from gossamer.pruning.sparsegpt import SparseGPT
 
 ONES = torch.ones(6)
@@ -258,6 +268,30 @@ def test_feed_forward_layers_keep_their_initial_mask_unless_told_otherwise():
     assert not all(same[name] for name in pruner.refinements)
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+FAMILIES = {
+    "opt": (OPTForCausalLM, OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64)),
+    "bert": (BertModel, BertConfig(**SMALL, intermediate_size=32)),
+    "gpt2": (GPT2Model, GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=64)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_attention_is_refined_whatever_a_model_calls_its_layers(family):
+    kind, config = FAMILIES[family]
+    pruner = DSnoT(sparsity=0.6, exclude=("*pooler*",))
+    _, result = run(pruner, kind(config).eval())
+    refined = {name for name in result.masks if "attn" in name or "attention" in name}
+    assert set(pruner.refinements) == refined
+    assert 0 < len(refined) < len(result.masks)
+
+
+def test_the_defaults_are_those_of_the_released_code():
+    pruner = DSnoT()
+    assert (pruner.max_cycles, pruner.threshold, pruner.variance_power) == (50, 0.1, 1.0)
+    assert (pruner.same_sign, pruner.sequence_length, pruner.initial) == (False, None, "wanda")
+
+
 def test_the_expected_error_is_the_mean_change_of_the_output():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(16, 8, bias=False))
@@ -330,12 +364,44 @@ def test_nm_goes_by_the_score_of_the_initial_method():
     assert not torch.equal(masks["wanda"], masks["ria"])
 
 
-def test_an_interrupted_run_goes_on_with_the_same_masks(tmp_path):
-    options = {"sparsity": 0.6, "initial": "magnitude"}
-    _, whole = run(DSnoT(**options))
-    _, first = run(DSnoT(**options), workspace=tmp_path)
-    _, resumed = run(DSnoT(**options), workspace=tmp_path)
-    assert whole.masks == first.masks == resumed.masks
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "options", [{"initial": "magnitude"}, {"skip": ()}, {"pattern": "2:4", "initial": "sparsegpt"}]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_with_its_report(options, tmp_path, monkeypatch):
+    options = {"sparsity": 0.5, "threshold": 0.01, **options}
+    whole, interrupted, resumed = (DSnoT(**options) for _ in range(3))
+    expected_model, expected = run(whole)
+    keep, done = Journal.keep, []
+
+    def keep_once(self, block, entries):
+        if done:
+            raise _Interrupted
+        keep(self, block, entries)
+        done.append(block)
+
+    monkeypatch.setattr(Journal, "keep", keep_once)
+    with pytest.raises(_Interrupted):
+        run(interrupted, workspace=tmp_path)
+    monkeypatch.setattr(Journal, "keep", keep)
+    model, result = run(resumed, workspace=tmp_path)
+    assert result.masks == expected.masks
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in expected_model.state_dict().items())
+    assert resumed.refinements == whole.refinements
+    assert len(resumed.refinements) in (8, 14)
+    again = DSnoT(**options)
+    run(again, workspace=tmp_path)
+    assert again.refinements == whole.refinements
+
+
+def test_a_damaged_report_is_refused(tmp_path):
+    run(DSnoT(sparsity=0.5), workspace=tmp_path)
+    (tmp_path / "refinements.json").write_text('{"layer": {"swaps": 1')
+    with pytest.raises(CheckpointError, match=r"refinements\.json is damaged"):
+        run(DSnoT(sparsity=0.5), workspace=tmp_path)
 
 
 @pytest.mark.parametrize(

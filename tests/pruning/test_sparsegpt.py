@@ -6,7 +6,8 @@ import torch
 from gossamer.core.patterns import NM, Unstructured
 from gossamer.core.quantization import Quantizer
 from gossamer.errors import ConfigurationError, SingularError
-from gossamer.pruning.sparsegpt import SparseGPT, factor, prune_columns
+from gossamer.pruning.column_sweep import factor, prune_columns
+from gossamer.pruning.sparsegpt import SparseGPT
 
 
 @pytest.fixture

@@ -56,6 +56,19 @@ def test_the_first_swap_is_the_best_of_all(seed, sparsity):
         assert float(refined.error_after[row]) == pytest.approx(expected, rel=1e-9, abs=1e-9 * float(before[row]))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["2:4", "1:4", "3:4", "2:8"]))
+def test_the_first_swap_within_groups_is_the_best_of_all(seed, text):
+    weight, gram, scores = problem(seed, columns=16, tokens=30)
+    pattern = Pattern.parse(text)
+    mask = pattern.select(scores)
+    refined = swap_mask(weight, mask, gram, group=pattern.m, max_rounds=1)
+    before = row_errors(weight, mask, gram)
+    for row in range(len(weight)):
+        expected = min(best_neighbour(weight[row], mask[row], gram, pattern.m), float(before[row]))
+        assert float(refined.error_after[row]) == pytest.approx(expected, rel=1e-9, abs=1e-9 * float(before[row]))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 10_000), st.sampled_from(["unstructured:row", "2:4", "1:4", "3:4"]), st.sampled_from([None, 1, 3, 5])
@@ -97,11 +110,52 @@ def test_every_round_lowers_the_error_of_every_row_that_swaps():
         assert torch.equal(later.error_after < earlier.error_after, swapped)
 
 
+def all_pairs(weight, mask, gram):
+    """What every swap of a row would change, ``(in, in)``; infinite where it is none."""
+    reach = gram @ (weight * ~mask)
+    own = weight.square() * gram.diagonal()
+    go = (own + 2 * weight * reach).masked_fill(~mask, torch.inf)
+    come = (own - 2 * weight * reach).masked_fill(mask, torch.inf)
+    return go[:, None] + come - 2 * torch.outer(weight, weight) * gram
+
+
+@pytest.mark.parametrize(
+    ("kind", "sparsity"),
+    [
+        ("independent", 0.5),
+        ("correlated", 0.3),
+        ("correlated", 0.7),
+        ("one direction", 0.6),
+        ("mean", 0.5),
+        ("twins", 0.5),
+    ],
+)
+def test_every_swap_of_wide_rows_is_the_best_of_all_pairs(kind, sparsity):
+    weight, gram, scores = problem(3, rows=5, columns=90, tokens=200, correlated=kind == "correlated")
+    generator = torch.Generator().manual_seed(9)
+    shift = torch.randn(90, generator=generator, dtype=torch.float64)
+    if kind in ("one direction", "mean"):  # where bounds are loose: every pair of inputs is correlated
+        gram = gram + (2000 if kind == "mean" else 100) * torch.outer(shift, shift)
+    if kind == "twins":
+        gram[45:], gram[:, 45:] = gram[:45], gram[:, :45].clone()
+        gram = 0.5 * (gram + gram.t())
+    mask = Pattern.parse("unstructured:row").select(scores, sparsity)
+    for count in range(1, 16):
+        refined = swap_mask(weight, mask, gram, max_rounds=count)
+        for row in range(5):
+            earlier = swap_mask(weight[row : row + 1], mask[row : row + 1], gram, max_rounds=count - 1 or 1)
+            state = mask[row] if count == 1 else earlier.mask[0]
+            before = row_errors(weight[row : row + 1], state[None], gram).item()
+            best = min(0.0, all_pairs(weight[row], state, gram).min().item())
+            assert refined.error_after[row].item() == pytest.approx(before + best, rel=1e-9)
+    assert (refined.swaps == 15).any()
+
+
 def test_the_shortlist_comes_close_to_the_full_search():
     weight, gram, _ = problem(7, rows=32, columns=96, tokens=400)
     mask = Pattern.parse("unstructured:row").select(weight.abs() * gram.diagonal().sqrt(), 0.6)
-    full = swap_mask(weight, mask, gram, candidates=None)
-    short = swap_mask(weight, mask, gram)
+    full = swap_mask(weight, mask, gram)
+    short = swap_mask(weight, mask, gram, candidates=16, swaps_per_round=4)
     assert full.error_after.sum() < 0.8 * full.error_before.sum()
     assert short.error_after.sum() < 1.02 * full.error_after.sum()
 

@@ -1,17 +1,14 @@
 """What a little data says about the inputs of each layer, gathered in one streaming pass.
 
-A :class:`Statistic` summarises the rows of a layer's input, ``(tokens, in_features)``; convolutions are unfolded so
-that they look the same. :func:`observe` attaches the statistics to layers and gathers them while the model runs.
-Layers that receive the very same tensor (query, key and value; gate and up) share one accumulator.
-
-Accumulation is in float32 or float64 whatever the dtype of the model: squares of outlier features overflow float16,
-and long sums stop growing in bfloat16.
+A :class:`~gossamer.core.statistics.Statistic` summarises the rows of a layer's input, ``(tokens, in_features)``;
+convolutions are unfolded so that they look the same. :func:`observe` attaches the statistics to layers and gathers
+them while the model runs. Layers that receive the very same tensor (query, key and value; gate and up) share one
+accumulator.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,179 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gossamer.core.statistics import AbsoluteHistogram, Gram, InputMoments, InputNorm, InputSample, Statistic
 from gossamer.core.targets import Target
-from gossamer.errors import CalibrationError, ModelError, NonFiniteError
+from gossamer.errors import ModelError, NonFiniteError
 
-
-class Statistic(ABC):
-    """A streaming summary of the rows of a layer's input.
-
-    Parameters
-    ----------
-    features
-        Width of the input.
-    device
-        Where to accumulate.
-    """
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        self.features = features
-        self.tokens = 0
-
-    def update(self, inputs: Tensor) -> None:
-        """Take in ``(tokens, features)`` rows of any floating dtype."""
-        self.tokens += len(inputs)
-        self.accumulate(inputs)
-
-    @abstractmethod
-    def accumulate(self, inputs: Tensor) -> None:
-        """Add the rows to the summary."""
-
-    @abstractmethod
-    def check(self) -> Tensor:
-        """A tensor that is finite exactly if all the inputs were."""
-
-
-class InputNorm(Statistic):
-    """Sum of squares of every input feature. ``norm`` is ‖X_j‖₂ over all tokens, ``(in_features,)`` float64."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self.square_sum = torch.zeros(features, dtype=torch.float64, device=device)
-
-    def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
-        self.square_sum += inputs.float().square().sum(0, dtype=torch.float64)
-
-    @property
-    def norm(self) -> Tensor:
-        """‖X_j‖₂ over all tokens."""
-        return self.square_sum.sqrt()
-
-    def check(self) -> Tensor:  # noqa: D102
-        return self.square_sum
-
-
-class InputMoments(Statistic):
-    """Mean and variance of every input feature, ``(in_features,)`` float64, by Chan's parallel update."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self.mean = torch.zeros(features, dtype=torch.float64, device=device)
-        self._deviation = torch.zeros(features, dtype=torch.float64, device=device)
-
-    def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
-        count = len(inputs)
-        mean = inputs.float().mean(0, dtype=torch.float64)
-        deviation = (inputs.float() - mean.float()).square().sum(0, dtype=torch.float64)
-        shift = mean - self.mean
-        self.mean += shift * (count / self.tokens)
-        self._deviation += deviation + shift.square() * (count * (self.tokens - count) / self.tokens)
-
-    @property
-    def variance(self) -> Tensor:
-        """Population variance of every feature."""
-        return self._deviation / max(1, self.tokens)
-
-    def check(self) -> Tensor:  # noqa: D102
-        return self.mean
-
-
-class Gram(Statistic):
-    """XᵀX over all tokens, ``(in_features, in_features)`` float32.
-
-    Only panels on and above the diagonal are multiplied, which saves three eighths of the work of the full product.
-    """
-
-    _PANELS = 4
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self._upper = torch.zeros(features, features, dtype=torch.float32, device=device)
-
-    def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
-        inputs = inputs.float()
-        width = -(-self.features // self._PANELS)
-        for start in range(0, self.features, width):
-            panel = inputs[:, start : start + width]
-            self._upper[start : start + width, start:].addmm_(panel.t(), inputs[:, start:])
-
-    @property
-    def matrix(self) -> Tensor:
-        """The whole symmetric matrix, a new tensor."""
-        return self._upper.triu() + self._upper.triu(1).t()
-
-    @property
-    def diagonal(self) -> Tensor:
-        """Sums of squares, ``(in_features,)``."""
-        return self._upper.diagonal()
-
-    def check(self) -> Tensor:  # noqa: D102
-        return self._upper.diagonal()
-
-
-class AbsoluteHistogram(Statistic):
-    """Histogram of |x| over all features, on a logarithmic grid that needs no range in advance.
-
-    A bin is the exponent and the first five mantissa bits of the float32 value, so that every quantile is known to a
-    relative error of 1/32 at most; zeros have a bin of their own.
-    """
-
-    _KEPT_BITS = 5
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self._shift = 23 - self._KEPT_BITS
-        self.counts = torch.zeros(1 << (8 + self._KEPT_BITS), dtype=torch.int64, device=device)
-
-    def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
-        bins = inputs.float().abs().flatten().view(torch.int32) >> self._shift
-        self.counts += torch.bincount(bins, minlength=len(self.counts))
-
-    def quantile(self, q: float) -> float:
-        """Largest bin edge below which at most a fraction `q` of the values lies (0 ≤ q ≤ 1)."""
-        total = int(self.counts.sum())
-        if not total:
-            raise CalibrationError("no values were observed: run the model on data first")
-        cumulative = self.counts.cumsum(0)
-        index = int(torch.searchsorted(cumulative, torch.tensor(q * total, dtype=torch.float64), right=True))
-        edge = torch.tensor(min(index, len(self.counts) - 1) << self._shift, dtype=torch.int32)
-        return float(edge.view(torch.float32))
-
-    def check(self) -> Tensor:  # noqa: D102
-        not_finite = self.counts[255 << self._KEPT_BITS :].sum()
-        return torch.where(not_finite > 0, torch.nan, 0.0).unsqueeze(0)
-
-
-class InputSample(Statistic):
-    """The first rows seen, at most `SIZE` of them: enough to measure a relative output error."""
-
-    SIZE = 256
-
-    def __init__(self, features: int, device: torch.device | str = "cpu"):
-        super().__init__(features, device)
-        self._rows: list[Tensor] = []
-
-    def accumulate(self, inputs: Tensor) -> None:  # noqa: D102
-        room = self.SIZE - sum(map(len, self._rows))
-        if room > 0:
-            # spread over the batch: neighbouring tokens are alike
-            chosen = torch.linspace(0, len(inputs) - 1, min(room, len(inputs), self.SIZE // 4)).long()
-            self._rows.append(inputs[chosen.to(inputs.device)].float().clone())
-
-    @property
-    def rows(self) -> Tensor:
-        """``(at most SIZE, in_features)`` float32."""
-        return torch.cat(self._rows) if self._rows else torch.zeros(0, self.features)
-
-    def check(self) -> Tensor:  # noqa: D102
-        return self.rows.sum(0)
+__all__ = [
+    "AbsoluteHistogram",
+    "Gram",
+    "InputMoments",
+    "InputNorm",
+    "InputSample",
+    "Observation",
+    "Statistic",
+    "Statistics",
+    "observe",
+    "per_weight",
+    "unfold_input",
+]
 
 
 class Statistics(Mapping[type[Statistic], Any]):
     """The statistics of one layer: ``stats[InputNorm].norm``."""
 
     def __init__(self, kinds: Sequence[type[Statistic]], features: int, device: torch.device | str):
-        self._by_kind = {kind: kind(features, device) for kind in kinds}
+        # a kind that extends another one gathers for both
+        own = [kind for kind in kinds if not any(other is not kind and issubclass(other, kind) for other in kinds)]
+        made = {kind: kind(features, device) for kind in own}
+        self._gathering = list(made.values())
+        self._by_kind = {kind: next(made[other] for other in own if issubclass(other, kind)) for kind in kinds}
         self.derived: dict[str, Any] = {}
         """Results worth computing once for all layers that share the input, such as a factorisation."""
 
@@ -212,12 +64,12 @@ class Statistics(Mapping[type[Statistic], Any]):
 
     def update(self, inputs: Tensor) -> None:
         """Feed all statistics."""
-        for statistic in self._by_kind.values():
+        for statistic in self._gathering:
             statistic.update(inputs)
 
     def check_finite(self, name: str) -> None:
         """Raise :class:`NonFiniteError` naming the layer if NaN or infinity came by."""
-        for statistic in self._by_kind.values():
+        for statistic in self._gathering:
             if not torch.isfinite(statistic.check()).all():
                 raise NonFiniteError(
                     f"the input of {name} holds NaN or infinity; check the model's weights and the calibration data, "

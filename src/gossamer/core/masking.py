@@ -1,8 +1,11 @@
-"""Masks on a living model: for a moment, for the length of a training run, or put together from single matrices."""
+"""Masks on a living model: for a moment, for the length of a training run, or put together from single matrices.
+
+Also the scores of all its matrices, as one mapping that holds none of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -101,6 +104,31 @@ def _silence(parameter: nn.Parameter, mask: Tensor) -> torch.utils.hooks.Removab
     return parameter.register_hook(lambda gradient: gradient.masked_fill(removed, 0))
 
 
+class LazyScores(Mapping[str, Tensor]):
+    """Scores of all targets, computed when they are asked for and never held together.
+
+    Parameters
+    ----------
+    targets
+        The matrices.
+    function
+        What gives the scores of one, ``(out, in)`` or with kernel dimensions; they are moved to the CPU.
+    """
+
+    def __init__(self, targets: Iterable[Target], function: Callable[[Target], Tensor]):
+        self.targets = {target.name: target for target in targets}
+        self.function = function
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.function(self.targets[name]).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
 def parameter_masks(targets: Iterable[Target], masks: Mapping[str, Tensor]) -> MaskSet:
     """Turn masks of matrices into masks of parameters.
 
@@ -110,14 +138,20 @@ def parameter_masks(targets: Iterable[Target], masks: Mapping[str, Tensor]) -> M
         The matrices.
     masks
         Target name → bool of the shape of its matrix; transposed ones are turned back, stacked experts put together.
+        The packed bits of a :class:`MaskSet` are taken over where nothing has to be turned.
     """
-    whole: dict[str, Tensor] = {}
+    by_parameter: dict[str, list[Target]] = {}
     for target in targets:
-        mask = masks[target.name].cpu()
-        mask = mask.transpose(0, 1) if target.transposed else mask
-        if target.index is None:
-            whole[target.parameter_name] = mask
-        else:
-            stacked = whole.setdefault(target.parameter_name, torch.ones(target.parameter.shape, dtype=torch.bool))
-            stacked[target.index] = mask
-    return MaskSet(whole)
+        by_parameter.setdefault(target.parameter_name, []).append(target)
+    packed = masks.state_dict() if isinstance(masks, MaskSet) else {}
+    state: dict[str, Tensor] = {}
+    for name, parts in by_parameter.items():
+        if f"{name}:bits" in packed and not parts[0].transposed:
+            state |= {key: packed[key] for key in (f"{name}:bits", f"{name}:shape")}
+            continue
+        whole = torch.ones(parts[0].parameter.shape, dtype=torch.bool)
+        for target in parts:
+            mask = masks[target.name].cpu()
+            whole[... if target.index is None else target.index] = mask.transpose(0, 1) if target.transposed else mask
+        state |= MaskSet({name: whole}).state_dict()
+    return MaskSet.from_state_dict(state)

@@ -27,6 +27,11 @@ class Schedule(ABC):
         Value up to `begin`.
     begin
         Step at which the way starts.
+
+    Raises
+    ------
+    ConfigurationError
+        If it ends before it begins, or a value is NaN or infinite.
     """
 
     final: float
@@ -37,6 +42,9 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         if self.end <= self.begin:
             raise ConfigurationError(f"the schedule ends at step {self.end}, not after its beginning at {self.begin}")
+        for name in ("initial", "final"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; a schedule needs finite numbers")
 
     def __call__(self, step: int) -> float:
         """Value at a step."""
@@ -88,7 +96,17 @@ class Sine(Schedule):
 
 
 class Geometric(Schedule):
-    """The same share of what remains is removed in every step: densities form a geometric series."""
+    """The same share of what remains is removed in every step: densities form a geometric series.
+
+    Both values are sparsities: at most 1.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.initial, self.final) > 1:
+            raise ConfigurationError(
+                f"a geometric schedule from {self.initial:g} to {self.final:g} is impossible: sparsities are at most 1"
+            )
 
     def __call__(self, step: int) -> float:
         """Value at a step."""
@@ -119,4 +137,5 @@ class Ladder(Schedule):
             raise ConfigurationError(f"a ladder of {self.rungs} rungs is impossible; at least one is needed")
 
     def shape(self, progress: float) -> float:  # noqa: D102
-        return math.floor(progress * self.rungs) / self.rungs
+        # a share such as 29/100 of 100 rungs must not fall short of 29 by a rounding error
+        return math.floor(progress * self.rungs + 1e-9) / self.rungs

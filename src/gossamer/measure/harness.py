@@ -214,7 +214,8 @@ def _one_line(error: BaseException, length: int = 160) -> str:
 def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
     """Turn the harness's ``{task: {"metric,filter": value}}`` into rows."""
     shots = results.get("n-shot", {})
-    tables = {**results.get("results", {}), **results.get("groups", {})}
+    groups = results.get("groups", {})
+    tables = {**results.get("results", {}), **groups}
     for task, values in tables.items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
@@ -227,5 +228,5 @@ def _scores(results: dict[str, Any]) -> Iterator[TaskScore]:
                 filter=filter_name,
                 value=float(value),
                 standard_error=float(error) if isinstance(error, int | float) else None,
-                shots=shots.get(task),
+                shots=None if task in groups else shots.get(task),
             )

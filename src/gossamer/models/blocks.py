@@ -150,6 +150,7 @@ def stages(
                 yield _whole(model, batches, device)
                 return
             inputs, calls = recorded
+            del recorded  # it would keep the first block's inputs for the whole walk
             for name, block in stack.blocks.items():
                 with onloaded(block, device, workspace):
                     stage = Stage(name, block, calls.pop(name), inputs, device=device)

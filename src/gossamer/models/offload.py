@@ -2,14 +2,19 @@
 
 A model dispatched by accelerate keeps its weights on the CPU or on disk and loads each layer for every call. For
 block-by-block work that would read everything many times; :func:`onloaded` brings a block in once. Changed weights of
-a model on disk go to files of their own, beside and never into the checkpoint that they came from.
+a model on disk go to files of their own, beside and never into the checkpoint that they came from. What a walk over
+the blocks gathers on its way, :func:`spilled` moves to disk as well.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,10 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_OWN_MAP_FROM = 1 << 20  # bytes
 
 
 @contextmanager
@@ -48,6 +56,7 @@ def onloaded(
         else:
             yield module
         return
+    _give_back_what_is_freed()
     before: dict[int, dict[str, tuple[int, int]]] = {}
     for part, hook in hooks:
         target = device or hook.execution_device
@@ -75,6 +84,42 @@ def onloaded(
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps any of the module's weights elsewhere."""
     return bool(_offloading_hooks(module))
+
+
+def spilled(tensors: Mapping[str, Tensor], workspace: str | Path | None = None) -> dict[str, Tensor]:
+    """Move bytes to a file on disk and return them as maps of it, which take memory only while they are read.
+
+    The file has no name: it goes when the last of the tensors does.
+
+    Parameters
+    ----------
+    tensors
+        Name → uint8, of any shape.
+    workspace
+        An existing directory on the disk to use; by default the one for temporary files.
+    """
+    with tempfile.NamedTemporaryFile(dir=workspace, prefix="gossamer-") as file:
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().numpy())
+        file.flush()
+        size = file.tell()
+        whole = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8) if size else torch.empty(0)
+    parts = whole.to(torch.uint8).split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts)}
+
+
+@cache
+def _give_back_what_is_freed() -> None:
+    """Have malloc take every tensor from the system and return it at once.
+
+    glibc learns from each large allocation that is freed and then serves the next ones, of up to 32 MB, from its
+    heap. There a small one that lives on pins the large ones freed around it, so that a walk over many blocks holds
+    several times what is in use. A threshold that the user has set stays.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # other C libraries have none, and no such habit
+            mallopt(_M_MMAP_THRESHOLD, _OWN_MAP_FROM)
 
 
 def _offloading_hooks(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:

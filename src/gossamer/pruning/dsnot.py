@@ -31,6 +31,12 @@ from gossamer.pruning.base import LayerwisePruner
 from gossamer.pruning.refinement import MaskRefiner, Refinement, Start
 
 _LEAST_VARIANCE = 1e-6  # of the mean variance
+FEED_FORWARD = (
+    *("*.mlp.*", "*.ffn.*", "*.feed_forward.*", "*.fc1", "*.fc2", "*.fc_in", "*.fc_out"),
+    *("*.dense_h_to_4h", "*.dense_4h_to_h", "*.intermediate.dense", "*[0-9].output.dense", "*.experts*"),
+    *("*.block_sparse_moe.*", "*.DenseReluDense.*", "*.lin1", "*.lin2"),
+)
+"""Globs on the names that models give to the layers between attention and attention."""
 _GROWING, _PRUNING = ("contribution", "magnitude"), ("wanda", "contribution")
 
 
@@ -63,10 +69,11 @@ class DSnoT(MaskRefiner):
     same_sign
         Also stop a row whose next swap would turn the sign of ε. N:M patterns always do.
     skip
-        As in the released code the feed-forward layers keep their initial mask; ``()`` refines all layers.
+        These layers keep their initial mask: as in the released code the feed-forward layers, by the names that
+        models commonly give them; ``()`` refines all layers.
     """
 
-    skip: Sequence[str] = ("*.mlp.*",)
+    skip: Sequence[str] = FEED_FORWARD
     max_cycles: int = 50
     threshold: float = 0.1
     sequence_length: int | None = None
@@ -96,9 +103,9 @@ class DSnoT(MaskRefiner):
     def refine(self, start: Start) -> Refinement:  # noqa: D102
         moments: InputMoments = start.stats[InputMoments]
         tokens = self.sequence_length or moments.tokens / self.sequences
-        norm = (moments.variance + moments.mean.square()).mul(moments.tokens).sqrt()
         mean, variance, norm = (
-            per_weight(start.target, values).flatten(1) for values in (moments.mean * tokens, moments.variance, norm)
+            per_weight(start.target, values).flatten(1)
+            for values in (moments.mean * tokens, moments.variance, moments.norm)
         )
         moved = start.residual * start.mask
         return refine_mask(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gossamer.core import scores
 from gossamer.core.calibration import Statistics
+from gossamer.core.patterns import Channels
 from gossamer.core.registry import register
 from gossamer.core.targets import Target
 from gossamer.pruning.base import LayerwisePruner
@@ -22,6 +23,11 @@ class Magnitude(LayerwisePruner):
     Han, Pool, Tran & Dally, 2015, "Learning both Weights and Connections for Efficient Neural Networks",
     arXiv 1506.02626.
 
+    Whole rows or columns (``pattern="rows"``, ``"columns"``) are ranked by their Euclidean norm, blocks by their mean
+    absolute value. To take out feed-forward channels see :class:`gossamer.pruning.channels.MagnitudeChannels`, to
+    silence attention heads :class:`gossamer.pruning.magnitude_heads.MagnitudeHeads`. A mask that survives further
+    training is held by :func:`gossamer.core.masking.static_masks`.
+
     Parameters
     ----------
     largest
@@ -31,8 +37,11 @@ class Magnitude(LayerwisePruner):
     largest: bool = False
 
     def score(self, target: Target, stats: Statistics | None) -> Tensor:
-        """``|W|``."""
+        """``|W|``; its square for whole channels, whose mean then ranks them by their norm."""
         magnitude = scores.magnitude(target.matrix())
+        if isinstance(self.pattern, Channels):
+            # divided first: squares of small numbers would vanish
+            magnitude = (magnitude / magnitude.max().clamp_min(torch.finfo(torch.float32).tiny)).square()
         return -magnitude if self.largest else magnitude
 
 

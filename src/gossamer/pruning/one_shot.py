@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core import scores
 from gossamer.core.allocation import allocate, exact_counts
-from gossamer.core.masking import parameter_masks
+from gossamer.core.masking import LazyScores, parameter_masks
 from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import Pattern, Unstructured
 from gossamer.core.selection import Sparsity, keep_highest
@@ -82,23 +82,6 @@ def one_shot_masks(
     else:
         values = LazyScores(targets, function)
     return parameter_masks(targets, chosen.select_jointly(values, sparsity))
-
-
-class LazyScores(Mapping[str, Tensor]):
-    """Scores of all targets, computed when they are asked for and never held together."""
-
-    def __init__(self, targets: Iterable[Target], function: Callable[[Target], Tensor]):
-        self.targets = {target.name: target for target in targets}
-        self.function = function
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.function(self.targets[name]).cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
 
 def protect(values: Tensor, min_density: float) -> Tensor:

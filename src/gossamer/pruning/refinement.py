@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +22,10 @@ from gossamer.core.calibration import Statistic, Statistics
 from gossamer.core.patterns import NM, Pattern, Unstructured
 from gossamer.core.selection import Sparsity
 from gossamer.core.targets import Target, find_targets
-from gossamer.errors import ConfigurationError, TargetError, UnknownNameError
+from gossamer.errors import CheckpointError, ConfigurationError, TargetError, UnknownNameError
 from gossamer.models.blocks import Batch
 from gossamer.pruning.base import LayerwisePruner, PruningResult
+from gossamer.storage.atomic import write_json
 
 CURRENT = "current"
 
@@ -125,8 +128,8 @@ class MaskRefiner(LayerwisePruner):
     Attributes
     ----------
     refinements : dict of str to RefinementReport
-        After :meth:`prune`: layer → what refining did to it. Layers that were skipped, that no token reached, or
-        that an interrupted run had finished before, are missing.
+        After :meth:`prune`: layer → what refining did to it, also in an interrupted run that was resumed. Layers
+        that were skipped or that no token reached are missing.
     sequences : int
         After :meth:`prune`: number of calibration sequences.
     """
@@ -150,6 +153,7 @@ class MaskRefiner(LayerwisePruner):
                 f"exactly 'current' needs them: pass dense=state_dict of the model before it was pruned"
             )
         self.sequences = 1
+        self._file: Path | None = None
         self._starter = self._create_starter()
         # what is needed depends on the initial method, hence on the instance
         self.statistics = tuple(dict.fromkeys((*self._starter.statistics, *self.needs)))  # type: ignore[misc]
@@ -169,9 +173,14 @@ class MaskRefiner(LayerwisePruner):
         ------
         TargetError
             With ``initial="current"``, if a layer has no zeros or `dense` does not hold it.
+        CheckpointError
+            If what an interrupted run has left in the workspace is damaged.
         """
         batches = self._check_data(data)
+        workspace = options.get("workspace")
+        self._file = None if workspace is None else Path(workspace) / "refinements.json"
         self.refinements.clear()
+        self.refinements.update(_read_reports(self._file))
         self._count_sequences(sum(map(_sequences_in, batches or [])))
         if self.initial == CURRENT:
             for target in find_targets(model, self.include, self.exclude, heads=self.heads):
@@ -191,9 +200,15 @@ class MaskRefiner(LayerwisePruner):
         residual = (dense.float() - matrix.float()).flatten(1)  # in bfloat16 the difference would be rounded
         weight = torch.where(mask, matrix, dense).flatten(1)
         refinement = self.refine(Start(target, stats, weight, mask.flatten(1), residual, score))
-        self.refinements[target.name] = RefinementReport.of(refinement)
+        self._keep(target.name, RefinementReport.of(refinement))
         matrix.copy_(weight.masked_fill(~refinement.mask, 0).view(matrix.shape))
         return refinement.mask.view(mask.shape)
+
+    def _keep(self, name: str, report: RefinementReport) -> None:
+        """Remember a report, in the workspace too: once the journal has the layer, it is not refined again."""
+        self.refinements[name] = report
+        if self._file is not None:
+            write_json(self._file, {layer: dataclasses.asdict(r) for layer, r in self.refinements.items()})
 
     def _count_sequences(self, count: int) -> None:
         self.sequences = max(1, count)
@@ -246,6 +261,15 @@ class _Present(LayerwisePruner):
         if isinstance(self.pattern, NM):
             self.pattern.verify(mask, name=target.name)
         return mask
+
+
+def _read_reports(file: Path | None) -> dict[str, RefinementReport]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        return {name: RefinementReport(**values) for name, values in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); delete its directory to start again") from None
 
 
 def _sequences_in(batch: Batch) -> int:
