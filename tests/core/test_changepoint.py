@@ -139,3 +139,13 @@ def test_one_curve_has_no_interval():
 def test_bad_curves_are_refused(x, y, error, match):
     with pytest.raises(error, match=match):
         fit_knee(x, y)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, -7.1, 1e6])
+def test_rounding_is_no_knee(level):
+    knee = fit_knee(GRID, np.full(20, level))
+    assert (knee.left_slope, knee.right_slope, knee.ratio) == (0, 0, 1)
+    assert knee.value == pytest.approx(level)
+    straight = fit_knee(GRID, level - 0.1 * GRID * max(1, abs(level)))
+    assert straight.ratio == 1
+    assert straight.left_slope == pytest.approx(-0.1 * max(1, abs(level)))

@@ -26,6 +26,14 @@ TINY = {
     "finetuning_steps": 2,
     "finetuning_batch": 4,
     "finetuned_sparsities": [0.5, 0.9],
+    "vision": {
+        **paper.QUICK["vision"],
+        "networks": 2,
+        "pretraining_steps": 3,
+        "training_images": 4,
+        "finetuning_steps": 2,
+        "sparsities": [0.5, 0.9],
+    },
 }
 
 
@@ -50,6 +58,15 @@ def observation(shift=0.0, tickets=(0.9, 0.5)):
                 {"inside": True, "jaccard": tickets[0] + shift, "above_chance": 0.5, "accuracy": 0.6},
                 {"inside": False, "jaccard": tickets[1], "above_chance": 0.5 + shift, "accuracy": 0.5},
             ],
+        },
+        "vision": {
+            "es": {
+                "self-supervised": [0.6 + shift, 0.7],
+                "supervised": [0.5, 0.58 + shift],
+                "self-supervised, two digits": [0.9, 0.9 + shift],
+                "supervised, two digits": [0.9 + shift, 0.9],
+                "random": [0.1, 0.2 + shift],
+            }
         },
     }
 
@@ -94,6 +111,20 @@ def test_similarity_that_rises_beyond_fails_and_missing_sides_are_inconclusive()
     assert "tickets part: inconclusive" in paper.decide(rising).reason
 
 
+def test_the_vision_half_is_judged_by_network():
+    rows = observations()
+    numbers = paper.decide(rows).numbers
+    assert numbers["vision_gain_of_self_supervision"].mean == pytest.approx(0.11)
+    assert numbers["vision_gain_over_random"].above_zero
+    assert numbers["vision_gain_of_an_easier_task"].above_zero
+    for row in rows:
+        es = row["vision"]["es"]
+        es["supervised"], es["self-supervised"] = es["self-supervised"], es["supervised"]
+    verdict = paper.decide(rows)
+    assert verdict.outcome == "does not hold"
+    assert "self-supervised: does not hold" in verdict.reason
+
+
 def test_data_that_help_only_in_the_end_are_inconclusive():
     rows = observations()
     for row in rows:
@@ -101,7 +132,7 @@ def test_data_that_help_only_in_the_end_are_inconclusive():
     assert "grows with data: inconclusive" in paper.decide(rows).reason
 
 
-def test_a_tiny_run_goes_through_the_engine(tmp_path):
+def test_a_tiny_run_goes_through_the_engine(tmp_path, drawn_digits):
     from dataclasses import replace
 
     experiment = replace(paper.experiment, budgets={"tiny": TINY})
@@ -112,6 +143,10 @@ def test_a_tiny_run_goes_through_the_engine(tmp_path):
     assert len(observed["monitor"]["below"]) == 20
     assert set(observed["ladder"]) == {"1:2", "2:4", "4:8", "1:4"}
     assert [row["sparsity"] for row in observed["downstream"]["tickets"]] == [0.5, 0.9]
+    vision = observed["vision"]
+    assert [len(values) for values in vision["es"].values()] == [2] * 5
+    assert vision["curves"]["supervised"]["x"] == [0, 0.5, 0.9]
+    assert result.observations[1]["vision"] != vision
     assert (tmp_path / "essential-sparsity.png").exists()
 
 

@@ -127,6 +127,7 @@ def test_a_track_becomes_json():
         ({"checkpoints": [network()], "tau": 0.0}, ConfigurationError, "tau is 0.0"),
         ({"checkpoints": [network()], "tau": math.nan}, ConfigurationError, "tau is nan"),
         ({"checkpoints": [network()] * 2, "steps": [5, 5]}, ConfigurationError, "2 increasing numbers"),
+        ({"checkpoints": [network()] * 2, "steps": [5, float("nan")]}, ConfigurationError, "2 increasing numbers"),
         ({"checkpoints": [network()] * 2, "steps": [5]}, ConfigurationError, "2 increasing numbers"),
         ({"checkpoints": [{"norm.weight": torch.ones(3)}]}, TargetError, "no weight matrix"),
         ({"checkpoints": [{"a": torch.ones(2, 2)}, {"b": torch.ones(2, 2)}]}, TargetError, "other weights"),

@@ -15,6 +15,7 @@ from gossamer.core.masks import MaskSet
 from gossamer.core.selection import dropped_count
 from gossamer.errors import (
     ConfigurationError,
+    ModelError,
     NonFiniteError,
     PatternError,
     SparsityError,
@@ -307,6 +308,11 @@ def test_a_result_becomes_json_and_a_picture(tmp_path):
         ({"tolerance": math.nan}, ConfigurationError, "tolerance is nan"),
         ({"seeds": 0}, ConfigurationError, "seeds is 0"),
         ({"seeds": (1, 1)}, ConfigurationError, "different integers"),
+        ({"seeds": 1.5}, ConfigurationError, "seeds is 1.5"),
+        ({"seeds": "ab"}, ConfigurationError, "different integers"),
+        ({"tolerance": None}, ConfigurationError, "tolerance is None"),
+        ({"score": lambda target: target.matrix().sum(1)}, ConfigurationError, r"score of 0\.weight is \(32,\)"),
+        ({"score": lambda target: None}, ConfigurationError, r"NoneType.*shape \(32, 16\)"),
         ({"score": "magnitud"}, UnknownNameError, "did you mean 'magnitude'"),
         ({"scope": "layers"}, UnknownNameError, "did you mean 'layer'"),
         ({"include": ("nothing*",)}, TargetError, "no layer to prune"),
@@ -315,6 +321,25 @@ def test_a_result_becomes_json_and_a_picture(tmp_path):
 def test_bad_settings_are_refused(changes, error, match):
     with pytest.raises(error, match=match):
         essential_sparsity(network(), lambda m: 1.0, **changes)
+
+
+def test_an_evaluation_that_gives_no_number_is_refused():
+    with pytest.raises(ConfigurationError, match="evaluate returned NoneType"):
+        essential_sparsity(network(), lambda m: None)
+    assert essential_sparsity(network(), lambda m: torch.tensor(1.0), sparsities=(0.5,)).quality.tolist() == [[1, 1]]
+
+
+def test_weights_that_are_nowhere_are_named():
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(ModelError, match=r"0\.weight is on the meta device"):
+        one_shot_masks(model, 0.5)
+
+
+def test_a_level_curve_has_no_slope_ratio():
+    result = essential_sparsity(network(), lambda model: 0.3)
+    assert result.knee.ratio == 1
+    assert result.knee.explained == 0
 
 
 def test_damaged_weights_are_named():

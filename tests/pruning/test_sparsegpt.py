@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from gossamer.core.patterns import NM, Unstructured
 from gossamer.core.quantization import Quantizer
-from gossamer.errors import ConfigurationError, SingularError
+from gossamer.core.targets import find_targets
+from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.pruning.column_sweep import factor, prune_columns
 from gossamer.pruning.sparsegpt import SparseGPT
 
@@ -82,11 +85,6 @@ def test_few_tokens_and_dead_features_are_survived():
     assert int((~mask).sum()) == 128
 
 
-def test_a_hessian_that_cannot_be_factored_is_named():
-    with pytest.raises(SingularError, match=r"up_proj.*2 features from 3 tokens"):
-        factor(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), name="up_proj", tokens=3)
-
-
 def test_zeros_that_are_there_are_kept_and_counted(problem):
     weight, inputs = problem
     weight[:, ::4] = 0
@@ -120,3 +118,84 @@ def test_impossible_settings_are_refused():
 def test_too_few_tokens_for_a_full_hessian_are_warned_about(tiny_llama, batches):
     with pytest.warns(UserWarning, match=r"24 calibration tokens for 48 features"):
         SparseGPT(sparsity=0.5).prune(tiny_llama, [batches[0][:1]], progress=False)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_the_size_of_the_calibration_batches_does_not_matter(tiny_llama, batches, pattern):
+    together = [torch.cat(batches)]
+    apart = [row[None] for batch in batches for row in batch]
+    results = []
+    for data in (together, batches, apart):
+        model = copy.deepcopy(tiny_llama)
+        result = SparseGPT(sparsity=0.5, pattern=pattern).prune(model, data, progress=False)
+        results.append((result.masks, model.state_dict()))
+    (masks, weights), *others = results
+    for other_masks, other_weights in others:
+        assert other_masks.distance(masks) <= masks.total // 1000  # sums of another order: near ties may flip
+        for layer in "qkv":  # what comes later follows the flips
+            name = f"model.layers.0.self_attn.{layer}_proj.weight"
+            assert torch.equal(other_masks[name], masks[name])
+            torch.testing.assert_close(other_weights[name], weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_layers_that_share_an_input_are_swept_together_with_the_result_of_each_alone(tiny_llama, batches):
+    alone = copy.deepcopy(tiny_llama)
+    together = SparseGPT(sparsity=0.5).prune(tiny_llama, batches, progress=False)
+
+    class OneByOne(SparseGPT):
+        def prepare_layers(self, targets, stats, sparsities):
+            seen.append([target.name.split(".")[-2] for target in targets])
+
+    seen = []
+    apart = OneByOne(sparsity=0.5).prune(alone, batches, progress=False)
+    assert seen[:4] == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert apart.masks.distance(together.masks) <= together.masks.total // 1000
+    assert apart.masks["model.layers.0.self_attn.q_proj.weight"].equal(
+        together.masks["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+def test_without_update_the_weights_that_remain_are_the_dense_ones(tiny_llama, batches):
+    dense = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    result = SparseGPT(sparsity=0.5, update=False).prune(tiny_llama, batches, progress=False)
+    for name, mask in result.masks.items():
+        assert torch.equal(tiny_llama.state_dict()[name], dense[name] * mask)
+
+
+def test_pruning_again_with_the_mask_preserved_only_adds_zeros(tiny_llama, batches):
+    first = SparseGPT(sparsity=0.4).prune(tiny_llama, batches, progress=False)
+    second = SparseGPT(sparsity=0.6, preserve_mask=True).prune(tiny_llama, batches, progress=False)
+    assert second.masks & first.masks == second.masks
+    assert second.sparsity == pytest.approx(0.6, abs=0.02)
+
+
+def test_an_expert_without_tokens_and_a_grouped_convolution_are_refused_by_name(batches):
+    layer = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1, groups=2))
+    with pytest.raises(ConfigurationError, match="grouped convolution"):
+        SparseGPT(sparsity=0.5).prune(layer, [torch.randn(8, 4, 5)], progress=False)
+    target = find_targets(torch.nn.Sequential(torch.nn.Linear(3, 2)), heads=True)[0]
+    with pytest.raises(CalibrationError, match=r"no calibration token reached 0\.weight"):
+        SparseGPT(sparsity=0.5).prune_layer(target, None, 0.5)
+
+
+def test_a_run_stopped_in_the_middle_of_a_block_goes_on_to_the_same_result(tiny_llama, batches, tmp_path, monkeypatch):
+    whole, broken, resumed = tiny_llama, copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    options = {"sparsity": 0.5, "order": "hessian", "block_size": 32}
+    expected = SparseGPT(**options).prune(whole, batches, progress=False)
+    plain, done = SparseGPT.prune_layer, []
+
+    def stop_in_the_second_block(self, target, stats, sparsity):
+        if len(done) == 9:
+            raise KeyboardInterrupt
+        done.append(target.name)
+        return plain(self, target, stats, sparsity)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseGPT, "prune_layer", stop_in_the_second_block)
+        with pytest.raises(KeyboardInterrupt):
+            SparseGPT(**options).prune(broken, batches, workspace=tmp_path, progress=False)
+    result = SparseGPT(**options).prune(resumed, batches, workspace=tmp_path, progress=False)
+    assert result.masks == expected.masks
+    assert [r.error for r in result.layers] == [r.error for r in expected.layers]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name

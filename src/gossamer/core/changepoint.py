@@ -24,6 +24,7 @@ Vector = Sequence[float] | npt.NDArray[Any]
 
 _JUMP_OVER_NOISE = 5.0
 _JUMP_OVER_NEIGHBOURS = 3.0
+_ROUNDING = 1e-12  # of the largest ordinate
 _NEIGHBOURHOOD = 3  # steps on either side that tell the local pace
 
 
@@ -129,7 +130,13 @@ def fit_knee(x: Vector, y: Vector) -> Knee:
     (2.0, -0.5)
     """
     x, y = check_curve(x, y, at_least=4)
-    line_sse = _fit_joint(x, y, None)[0]
+    line_sse, (level, slope, _) = _fit_joint(x, y, None)
+    rounding = _ROUNDING * float(np.abs(y).max())
+    if line_sse <= len(x) * rounding**2:
+        # a straight line: whatever a second piece would explain is rounding
+        slope = slope if abs(slope) * (x[-1] - x[0]) > rounding else 0.0
+        middle = float(x[len(x) // 2])
+        return Knee(middle, float(level + slope * middle), slope, slope, line_sse, line_sse)
     best = min(((*_fit_joint(x, y, joint), joint) for joint in _joints(x, y)), key=lambda fit: fit[0])
     sse, (level, left, bend), position = best
     value = level + left * position

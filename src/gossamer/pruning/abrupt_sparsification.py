@@ -210,6 +210,6 @@ def _check_steps(steps: Sequence[float] | None, count: int) -> list[float]:
     if not count:
         raise ConfigurationError("there is no checkpoint to track; give at least one")
     times = list(range(count)) if steps is None else [float(step) for step in steps]
-    if len(times) != count or any(after <= before for before, after in pairwise(times)):
+    if len(times) != count or not all(before < after for before, after in pairwise(times)):
         raise ConfigurationError(f"steps is {times}; {count} increasing numbers are needed, one for each checkpoint")
     return [float(step) for step in times]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,21 +86,21 @@ def factor(
         raise NonFiniteError(f"{name}: the Hessian holds NaN or infinity; look for them in the calibration data")
     diagonal = hessian.diagonal()
     dead = diagonal == 0
+    # a dead feature meets no other one: what stands on its diagonal only has to be positive
+    mean = float(diagonal.sum() / (~dead).sum()) if not dead.all() else 1.0
     columns = torch.arange(len(dead), device=gram.device)
     if order == "hessian":
         mass = diagonal.view(-1, group).sum(1)
         columns = columns.view(-1, group)[mass.argsort(descending=True, stable=True)].flatten()
-    # a dead feature meets no other one: what stands on its diagonal only has to be positive
-    mean = diagonal.sum() / (~dead).sum() if not dead.all() else torch.ones(())
-    backwards = columns.flip(0)
+        hessian, dead = hessian[columns][:, columns], dead[columns]
     for dtype in (torch.float32, torch.float64):
         share = damping
         while share <= max(1.0, damping):
-            damped = hessian.to(dtype)[backwards][:, backwards]
-            damped.diagonal().add_(share * mean).masked_fill_(dead[backwards], float(mean))
+            damped = hessian.to(dtype, copy=True)
+            damped.diagonal().add_(share * mean).masked_fill_(dead, mean)
             upper = _inverse_factor(damped)
             if upper is not None:
-                return Factor(upper.float(), columns, dead[columns], share)
+                return Factor(upper.float(), columns, dead, share)
             share *= 10
     values = torch.linalg.eigvalsh(hessian.double())
     raise SingularError(
@@ -108,9 +109,8 @@ def factor(
     )
 
 
-def _inverse_factor(backwards: Tensor) -> Tensor | None:
-    """U of a Hessian that is given last feature first."""
-    lower, failed = torch.linalg.cholesky_ex(backwards)
+def _inverse_factor(hessian: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         return None
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
@@ -208,9 +208,14 @@ def sweep(
     Raises
     ------
     ConfigurationError
-        If block, pattern and quantizer do not fit together.
+        If block, pattern and quantizer do not fit together, or only some layers have a mask.
+    SparsityError
+        If a sparsity is missing, or contradicts the pattern.
     """
     check_blocks(pattern, block_size, quantizer)
+    for layer in layers:
+        if layer.mask is None:
+            pattern.resolve(layer.sparsity)
     running = _Sweep(layers, factor, pattern, quantizer)
     for start in range(0, len(factor.order), block_size):
         running.block(start, min(start + block_size, len(factor.order)))
@@ -231,11 +236,17 @@ def check_blocks(pattern: Pattern, block_size: int, quantizer: Quantizer | None)
         )
 
 
+def _array(tensor: Tensor) -> Any:
+    """The same memory seen by numpy, whose calls cost a third of torch's: with little to do in each, that is most."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
 class _Sweep:
     """Layers side by side: ``(in, out of all layers)``, columns in the order of the sweep."""
 
     def __init__(self, layers: Sequence[Layer], factor: Factor, pattern: Pattern, quantizer: Quantizer | None):
         self.layers, self.factor, self.pattern, self.quantizer = layers, factor, pattern, quantizer
+        self.natural = bool((factor.order.diff() == 1).all())
         self.sizes = [len(layer.weight) for layer in layers]
         self.columns = self._beside([layer.weight for layer in layers], torch.float32)
         self.columns[factor.dead] = 0
@@ -243,7 +254,7 @@ class _Sweep:
         self.chosen = len(masks) == len(layers)
         if masks and not self.chosen:
             raise ConfigurationError("only some of the layers have a mask; give one to all of them, or to none")
-        self.kept = self._beside(masks or [torch.ones_like(layer.weight) for layer in layers], torch.bool)
+        self.kept = self._beside(masks, torch.bool) if masks else torch.ones_like(self.columns, dtype=torch.bool)
         self.zeros: Tensor | None = None
         if any(layer.fixed_zeros is not None for layer in layers):
             zeros = [torch.zeros_like(r.weight) if r.fixed_zeros is None else r.fixed_zeros for r in layers]
@@ -261,8 +272,8 @@ class _Sweep:
         order = self.factor.order
         whole = torch.empty(len(order), sum(self.sizes), dtype=dtype, device=order.device)
         for part, matrix in zip(whole.split(self.sizes, dim=1), matrices):
-            part.copy_(matrix.detach().t()[order])
-        return whole
+            part.copy_(matrix.detach().t())
+        return whole if self.natural else whole[order]
 
     def block(self, start: int, stop: int) -> None:
         """Choose and sweep the columns start … stop, and let all the later ones make up for it."""
@@ -277,7 +288,7 @@ class _Sweep:
             self._sweep_panel(start, first, min(first + self.panel, stop - start))
         if stop < len(self.columns):
             self.columns[stop:].addmm_(upper[:, stop:].t(), self.error, alpha=-1)
-        self.slab.masked_fill_(~self.slab_kept, 0)
+        self.slab.mul_(self.slab_kept)
         for index, error in enumerate(self.error.split(self.sizes, dim=1)):
             self.losses[index] += float(error.square().sum(dtype=torch.float64)) / 2
 
@@ -287,18 +298,18 @@ class _Sweep:
             slab[first:last].addmm_(influence[:first, first:last].t(), error[:first])
         if self.quantizer and self.quantizer.group_size:
             self.grid = self.quantizer.fit(slab[first:last], dim=0)
+        columns, errors, share, onward = map(_array, (slab, error, self.share, influence))
         for j in range(first, last):
             if isinstance(self.pattern, NM) and not self.chosen and (j - first) % self.pattern.m == 0:
                 self._choose(start, start + j, start + j + self.pattern.m)
             if self.grid:
-                rounded = self.grid.round(slab[j]).squeeze(0).masked_fill_(~self.slab_kept[j], 0)
-                torch.sub(slab[j], rounded, out=error[j])
-                error[j] /= self.pivots[j]
+                rounded = self.grid.round(slab[j]).squeeze(0) * self.slab_kept[j]
+                error[j] = (slab[j] - rounded) / self.pivots[j]
                 slab[j] = rounded
             else:
-                torch.mul(slab[j], self.share[j], out=error[j])
+                errors[j] = columns[j] * share[j]
             if j + 1 < last:
-                slab[j + 1 : last].addr_(influence[j, j + 1 : last], error[j])
+                columns[j + 1 : last] += onward[j, j + 1 : last, None] * errors[j]
 
     def _choose(self, start: int, first: int, last: int) -> None:
         """Choose among the columns first … last, which have all their updates by now."""
@@ -332,6 +343,8 @@ class _Sweep:
 
     def results(self) -> list[Swept]:
         """What became of each layer, its columns in their own order again."""
-        place = torch.argsort(self.factor.order)
+        if not self.natural:
+            place = torch.argsort(self.factor.order)
+            self.columns, self.kept = self.columns[place], self.kept[place]
         parts = zip(self.columns.split(self.sizes, dim=1), self.kept.split(self.sizes, dim=1), self.losses)
-        return [Swept(w[place].t().contiguous(), k[place].t().contiguous(), loss) for w, k, loss in parts]
+        return [Swept(weight.t().contiguous(), kept.t().contiguous(), loss) for weight, kept, loss in parts]

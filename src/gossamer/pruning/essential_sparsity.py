@@ -218,7 +218,7 @@ def essential_sparsity(
         If the tolerance is negative, seeds repeat, or the pattern fixes its own sparsity.
     """
     grid = check_grid(sparsities)
-    if not (0 <= tolerance < math.inf):
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise ConfigurationError(f"tolerance is {tolerance}; it must be a finite number ≥ 0, such as 0.01")
     if pattern is not None and Pattern.parse(pattern).sparsity is not None:
         raise ConfigurationError(f"the pattern {pattern} fixes its sparsity and has no sweep; use pattern_ladder")

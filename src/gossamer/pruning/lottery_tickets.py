@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core import scores
-from gossamer.core.masking import parameter_masks, static_masks
+from gossamer.core.masking import LazyScores, parameter_masks, static_masks
 from gossamer.core.masks import MaskSet
 from gossamer.core.selection import dropped_count, keep_highest_jointly
 from gossamer.core.targets import Target, find_targets
 from gossamer.errors import SparsityError, check_sparsity
-from gossamer.pruning.one_shot import LazyScores
 
 _COMPONENTS = {
     "attention": r"attn|attention|(^|[._])[qkvo]_proj|(^|[._])(query|key|value|c_attn|out_proj)([._]|$)",

@@ -15,7 +15,7 @@ from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import Pattern, Unstructured
 from gossamer.core.selection import Sparsity, keep_highest
 from gossamer.core.targets import Target, find_targets
-from gossamer.errors import ConfigurationError, SparsityError, UnknownNameError
+from gossamer.errors import ConfigurationError, ModelError, SparsityError, UnknownNameError
 from gossamer.pruning.magnitude import hash_seed
 
 Score = str | Callable[[Target], Tensor]
@@ -66,9 +66,13 @@ def one_shot_masks(
         If there is no such score, scope or pattern.
     SparsityError, PatternError, NonFiniteError, TargetError, ConfigurationError
         If a value is out of range, a layer does not fit, or holds NaN.
+    ModelError
+        If a weight is on the meta device.
     """
     targets = find_targets(model, include, exclude, heads=heads)
     for target in targets:
+        if target.parameter.is_meta:
+            raise ModelError(f"{target.name} is on the meta device; load its weights before choosing among them")
         target.check_finite()
     function = _score_function(score, seed)
     if pattern is None and scope in _ALLOCATED:
@@ -113,7 +117,7 @@ def check_floor(pattern: Pattern, min_density: float, sparsity: float) -> None:
 
 def _score_function(score: Score, seed: int) -> Callable[[Target], Tensor]:
     if callable(score):
-        return score
+        return lambda target: _checked(score(target), target)
     if score == "magnitude":
         return lambda target: scores.magnitude(target.matrix())
     if score == "random":
@@ -121,6 +125,15 @@ def _score_function(score: Score, seed: int) -> Callable[[Target], Tensor]:
             target.matrix(), torch.Generator().manual_seed(hash_seed(seed, target.name))
         )
     raise UnknownNameError("score", score, ["magnitude", "random"])
+
+
+def _checked(values: Tensor, target: Target) -> Tensor:
+    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if shape != tuple(target.shape):
+        raise ConfigurationError(
+            f"the score of {target.name} is {shape}; it must be a tensor of the weight's shape {tuple(target.shape)}"
+        )
+    return values
 
 
 def _unstructured(scope: str) -> Unstructured:

@@ -59,6 +59,8 @@ class Trial:
         ------
         NonFiniteError
             If a quality is NaN or infinite.
+        ConfigurationError
+            If it is no number.
         """
         masks = choose(self.seeds[0])
         first = masks
@@ -75,18 +77,27 @@ class Trial:
             torch.manual_seed(seed)
             if self.finetune is None:
                 with zeroed(self.model, masks):
-                    value = float(self.evaluate(self.model))
+                    value = _number(self.evaluate(self.model))
             else:
                 pruned = copy.deepcopy(self.model)
                 with static_masks(pruned, masks):
                     trained = self.finetune(pruned, masks)
-                value = float(self.evaluate(pruned if trained is None else trained))
+                value = _number(self.evaluate(pruned if trained is None else trained))
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"evaluate returned {value} at {name}, seed {seed}; return a finite number where higher is better, "
                 f"such as a clipped negative loss"
             )
         return value
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"evaluate returned {type(value).__name__}; it must return one number, where higher is better"
+        ) from None
 
 
 def check_grid(sparsities: Sequence[float]) -> list[float]:
@@ -115,7 +126,11 @@ def check_seeds(seeds: int | Sequence[int]) -> list[int]:
     ConfigurationError
         If there is none, or one repeats.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen or len(set(chosen)) < len(chosen):
+    try:
+        chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    except TypeError:
+        chosen = []
+    whole = all(isinstance(seed, int) for seed in chosen)
+    if not chosen or not whole or len(set(chosen)) < len(chosen):
         raise ConfigurationError(f"seeds is {seeds!r}; give a positive number, or different integers")
     return chosen

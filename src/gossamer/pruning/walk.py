@@ -17,6 +17,7 @@ from gossamer.core.allocation import outlier_ratio
 from gossamer.core.calibration import InputNorm, InputSample, Statistic, Statistics, observe, per_weight
 from gossamer.core.masking import LazyScores, parameter_masks
 from gossamer.core.masks import MaskSet, pack_bits, unpack_bits
+from gossamer.core.patterns import Pattern
 from gossamer.core.progress import track
 from gossamer.core.scores import input_weighted
 from gossamer.core.selection import Sparsity
@@ -60,7 +61,7 @@ class Walk:
 
     def masks(self) -> MaskSet:
         """Masks by parameter name, of the shape of the parameter."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for target in self.targets:
             shape = torch.tensor(target.shape, dtype=torch.int64)
             state |= {f"{target.name}:bits": self._bits[target.name], f"{target.name}:shape": shape}
@@ -90,6 +91,7 @@ class Walk:
 
     def jointly(self) -> None:
         """Prune with one ranking over all layers; the statistics are those of the dense model."""
+        assert isinstance(self.pruner.pattern, Pattern)
         stats = self._dense_statistics(self.pruner.statistics) if self.batches else {}
         with self._timed("selection"):
             scores = LazyScores(self.targets, lambda target: self.pruner.score(target, stats.get(target.name)))
