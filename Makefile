@@ -25,7 +25,8 @@ test-all: $(STAMP)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks --json benchmarks/results.json
+	$(BIN)/python -m benchmarks --json benchmarks/results.json $(if $(peer),--peer-python $(peer))
+	$(BIN)/python -m gossamer.report.tables docs
 
 docs: $(STAMP)
 	$(BIN)/python -m gossamer.report.tables docs

@@ -20,6 +20,7 @@ from gossamer.core.scores import surgeon
 from gossamer.core.selection import Sparsity, dropped_count, keep_highest
 from gossamer.errors import ConfigurationError, NonFiniteError, SingularError
 
+_SMALL = 96  # features: from here on halving a triangle costs more than it saves
 _PANEL = 8  # columns: few enough that a step stays below what torch would share out among threads
 ORDERS = ("natural", "hessian")
 
@@ -96,9 +97,9 @@ def factor(
     for dtype in (torch.float32, torch.float64):
         share = damping
         while share <= max(1.0, damping):
-            damped = hessian.to(dtype, copy=True)
-            damped.diagonal().add_(share * mean).masked_fill_(dead, mean)
-            upper = _inverse_factor(damped)
+            backwards = hessian.flip(0, 1).to(dtype)
+            backwards.diagonal().add_(share * mean).masked_fill_(dead.flip(0), mean)
+            upper = _inverse_factor(backwards)
             if upper is not None:
                 return Factor(upper.float(), columns, dead, share)
             share *= 10
@@ -109,13 +110,26 @@ def factor(
     )
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+def _inverse_factor(backwards: Tensor) -> Tensor | None:
+    """U of a Hessian that is given last feature first."""
+    lower, failed = torch.linalg.cholesky_ex(backwards)
     if failed:
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return upper if torch.isfinite(upper.sum()) else None
+    _invert_lower_(lower)
+    return lower.flip(0, 1) if torch.isfinite(lower.sum()) else None
+
+
+def _invert_lower_(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves."""
+    half = len(lower) // 2
+    if half < _SMALL:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower_(first)
+    _invert_lower_(second)
+    below.copy_(second @ (below @ first)).neg_()
 
 
 @dataclass(frozen=True)
