@@ -154,9 +154,8 @@ class _Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("name", ["wanda", "ria", "sparsegpt", "dsnot", "swap", "magnitude", "random"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name, tiny_llama, batches, tmp_path, monkeypatch):
-    from gossamer.pruning.base import LayerwisePruner  # noqa: F401
     from gossamer.pruning.journal import Journal
 
     whole, halves = tiny_llama, copy.deepcopy(tiny_llama)
