@@ -63,8 +63,7 @@ def observation(shift=0.0, tickets=(0.9, 0.5)):
             "es": {
                 "self-supervised": [0.6 + shift, 0.7],
                 "supervised": [0.5, 0.58 + shift],
-                "self-supervised, two digits": [0.9, 0.9 + shift],
-                "supervised, two digits": [0.9 + shift, 0.9],
+                "two digits": [0.9, 0.9 + shift],
                 "random": [0.1, 0.2 + shift],
             }
         },
@@ -144,7 +143,7 @@ def test_a_tiny_run_goes_through_the_engine(tmp_path, drawn_digits):
     assert set(observed["ladder"]) == {"1:2", "2:4", "4:8", "1:4"}
     assert [row["sparsity"] for row in observed["downstream"]["tickets"]] == [0.5, 0.9]
     vision = observed["vision"]
-    assert [len(values) for values in vision["es"].values()] == [2] * 5
+    assert [len(values) for values in vision["es"].values()] == [2] * 4
     assert vision["curves"]["supervised"]["x"] == [0, 0.5, 0.9]
     assert result.observations[1]["vision"] != vision
     assert (tmp_path / "essential-sparsity.png").exists()
