@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gossamer.models.load import LoadedModel
-from gossamer.papers import cfsp
+from gossamer.papers import cfsp, one_shot_comparison
 from gossamer.papers.cfsp import FULL, GUIDED, MAIN, QUICK, RIVALS, UNIFORM, decide, run
 
 
@@ -24,7 +24,7 @@ SMALL = {
 
 @pytest.mark.parametrize("budget", [QUICK, FULL])
 def test_a_tiny_model_goes_through_every_case_and_stays_dense(budget, monkeypatch, tiny_llama):
-    monkeypatch.setattr(cfsp, "load", lambda source, dtype: LoadedModel(tiny_llama, Letters(), source))
+    monkeypatch.setattr(one_shot_comparison, "load", lambda source, dtype: LoadedModel(tiny_llama, Letters(), source))
     before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
     observed = run({**budget, **SMALL}, 0, lambda items, description: iter(items))
     json.dumps(observed, allow_nan=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gossamer.models.load import LoadedModel
-from gossamer.papers import run_experiment, wanda
+from gossamer.papers import one_shot_comparison, run_experiment, wanda
 from gossamer.papers.wanda import FULL, QUICK, decide, experiment, run
 
 
@@ -22,7 +22,7 @@ class Letters:
 
 @pytest.fixture
 def tiny(monkeypatch, tiny_llama):
-    monkeypatch.setattr(wanda, "load", lambda source, dtype: LoadedModel(tiny_llama, Letters(), source))
+    monkeypatch.setattr(one_shot_comparison, "load", lambda source, dtype: LoadedModel(tiny_llama, Letters(), source))
     return tiny_llama
 
 

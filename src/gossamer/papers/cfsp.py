@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.measure import interleave, perplexity, ratio
+from gossamer.measure import interleave, ratio
 from gossamer.methods import method as specification
-from gossamer.models import calibration_batches, load, read_text
+from gossamer.models import calibration_batches
 from gossamer.models.feedforward_search import find_feed_forwards
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.one_shot_comparison import case, gap, mean
+from gossamer.papers.one_shot_comparison import Contest, case, gap, mean, perplexity_curves
 from gossamer.papers.results import Outcome, Verdict
 from gossamer.pruning.base import prune
 from gossamer.pruning.channels import ChannelPruningResult
@@ -70,22 +70,16 @@ GUIDED, UNIFORM = "recovered, guided ranks", "recovered, one rank"
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     """Prune copies with every case, recover two copies of the one that CFSP made, and time its layers."""
-    loaded = load(settings["model"], dtype="float32")
-    text = read_text(settings["calibration"])
-    windows = calibration_batches(text, loaded.tokenizer, settings["sequences"], settings["length"], seed)
-    (held_out,) = calibration_batches(read_text(settings["held_out"]), loaded.tokenizer, 1, settings["tokens"], seed)
-
-    def loss(model: nn.Module) -> float:
-        return perplexity(model, held_out, settings["window"], settings["window"], progress=False).nll_per_token
-
-    points: dict[str, dict[str, float]] = {"dense": {"nll": loss(loaded.model)}}
+    contest = Contest.of(settings, seed)
+    windows = contest.windows(settings["sequences"])
+    points: dict[str, dict[str, float]] = {"dense": {"nll": contest.nll()}}
     chosen: tuple[nn.Module, ChannelPruningResult] | None = None
     for label, method, options in progress(settings["cases"], "pruning and measuring"):
-        model = copy.deepcopy(loaded.model)
+        model = copy.deepcopy(contest.model)
         data = windows if specification(method).needs_data else None
         result = prune(model, method, calibration=data, progress=False, align=settings["align"], **options)
         points[label] = {
-            "nll": loss(model),
+            "nll": contest.nll(model),
             "sparsity": 1 - sum(new for _, new in result.widths.values()) / sum(w for w, _ in result.widths.values()),
             "seconds": result.seconds["total"],
         }
@@ -94,16 +88,16 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     assert chosen is not None
     pruned, result = chosen
     length = settings["training length"]
-    training = calibration_batches(text, loaded.tokenizer, settings["steps"], length, seed + 1000)
+    training = calibration_batches(contest.text, contest.tokenizer, settings["steps"], length, seed + 1000)
     rank = settings["mean rank"]
     for label, ranks in progress(
         [(GUIDED, rank_plan(result.importance, rank)), (UNIFORM, dict.fromkeys(result.importance, rank))], "recovering"
     ):
         model = copy.deepcopy(pruned)
         done = recover(model, training, lora_rank=ranks, steps=settings["steps"], seed=seed, progress=False)
-        points[label] = {"nll": loss(model), "trained": done.trained, "lowest": min(ranks.values())}
-    gained = _time_gained(loaded.model, pruned, result, length, settings["timing rounds"])
-    return {"points": points, "time gained": gained, "curves": _curves(points, settings["cases"])}
+        points[label] = {"nll": contest.nll(model), "trained": done.trained, "lowest": min(ranks.values())}
+    gained = _time_gained(contest.model, pruned, result, length, settings["timing rounds"])
+    return {"points": points, "time gained": gained, "curves": perplexity_curves(points, settings["cases"])}
 
 
 @torch.no_grad()
@@ -123,16 +117,6 @@ def _time_gained(dense: nn.Module, pruned: nn.Module, result: ChannelPruningResu
     timings = interleave({name: (lambda name=name: through(name)) for name in modules}, repeats=rounds)
     before, after = map(sum, zip(*result.widths.values()))
     return (1 - ratio(timings["pruned"], timings["dense"]).median) / (1 - after / before)
-
-
-def _curves(points: dict[str, dict[str, float]], cases: Sequence[Sequence[Any]]) -> dict[str, dict[str, list[float]]]:
-    curves: dict[str, dict[str, list[float]]] = {}
-    for label, method, options in cases:
-        if set(options) == {"sparsity"}:
-            curve = curves.setdefault(method, {"x": [0.0], "y": [math.exp(points["dense"]["nll"])]})
-            curve["x"].append(points[label]["sparsity"])
-            curve["y"].append(math.exp(points[label]["nll"]))
-    return curves
 
 
 def decide(observations: Sequence[Observation]) -> Verdict:

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gossamer.core.targets import find_targets
 from gossamer.measure import perplexity
-from gossamer.models import calibration_batches, evaluation_tokens, load, read_text
+from gossamer.models import calibration_batches, load, read_text
 from gossamer.papers.experiment import Experiment, Observation, Track
+from gossamer.papers.one_shot_comparison import dense_again, stretch
 from gossamer.papers.results import Outcome, Verdict
 from gossamer.papers.statistics import Interval, mean_interval, paired_difference
 from gossamer.pruning.base import LayerwisePruner, PruningResult
@@ -76,13 +75,8 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     before, after = text[: len(text) // 2], text[len(text) // 2 :]
     doubled = 2 * settings["sequences"]
     windows = calibration_batches(before, loaded.tokenizer, doubled, settings["length"], seed)
-    held_out = evaluation_tokens(after, loaded.tokenizer)
-    count = settings["evaluation_tokens"]
-    stretches = max(1, held_out.shape[1] // count)
-    start = int(torch.randint(stretches, (), generator=torch.Generator().manual_seed(seed))) * count
-    # what the tokenizer puts first (some models are lost without it) belongs before every stretch
-    stretch = torch.cat([held_out[:, :1], held_out[:, start + 1 : start + count]], dim=1)
-    return compare(loaded.model, windows, stretch, settings, progress)
+    held_out = stretch(after, loaded.tokenizer, settings["evaluation_tokens"], seed)
+    return compare(loaded.model, windows, held_out, settings, progress)
 
 
 def compare(
@@ -105,8 +99,6 @@ def compare(
     """
     plan = _plan(settings)
     half = list(windows[: settings["sequences"]])
-    weights = {target.parameter_name: target.parameter for target in find_targets(model)}
-    dense = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def quality() -> float:
         return perplexity(model, held_out, settings["window"], settings["window"], progress=False).nll_per_token
@@ -114,11 +106,9 @@ def compare(
     observed: dict[str, dict[str, Any]] = {"dense": {"nll": quality()}}
     for name, (make, whole) in progress(list(plan.items()), "ways to prune"):
         pruner = make()
-        result = pruner.prune(model, windows if whole else half, progress=False)
-        observed[name] = {"nll": quality()} | _summary(pruner, result)
-        with torch.no_grad():
-            for parameter, weight in weights.items():
-                weight.copy_(dense[parameter])
+        with dense_again(model):
+            result = pruner.prune(model, windows if whole else half, progress=False)
+            observed[name] = {"nll": quality()} | _summary(pruner, result)
     return {
         "ways": observed,
         "cases": settings["cases"],

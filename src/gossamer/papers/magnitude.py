@@ -23,12 +23,10 @@ from gossamer.core import scores
 from gossamer.core.masking import static_masks
 from gossamer.core.masks import MaskSet
 from gossamer.core.targets import find_targets
-from gossamer.measure import perplexity
 from gossamer.methods import create, method
-from gossamer.models import calibration_batches, evaluation_tokens, load, read_text
 from gossamer.papers.digits import DigitTask, digits, perceptron
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.one_shot_comparison import case, gap, mean
+from gossamer.papers.one_shot_comparison import Contest, case, gap, mean, perplexity_curves
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval
 from gossamer.pruning.one_shot import one_shot_masks
@@ -91,41 +89,13 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
 
 
 def _language(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
-    """Perplexity of held-out text under every case; the model is restored in between."""
-    loaded = load(settings["model"], dtype="float32")
-    model, tokenizer = loaded.model, loaded.tokenizer
-    calibration = calibration_batches(
-        read_text(settings["calibration"]), tokenizer, settings["sequences"], settings["length"], seed
-    )
-    ids = evaluation_tokens(read_text(settings["held_out"]), tokenizer)
-    count = settings["tokens"]
-    start = count * int(torch.randint(ids.shape[1] // count, (), generator=torch.Generator().manual_seed(seed)))
-    # what the tokenizer puts first (some models are lost without it) belongs before every stretch
-    held_out = torch.cat([ids[:, :1], ids[:, start + 1 : start + count]], dim=1)
-    dense = {target.name: target.matrix().clone() for target in find_targets(model)}
-
-    def loss() -> float:
-        return perplexity(model, held_out, settings["window"], settings["window"], progress=False).nll_per_token
-
-    points: dict[str, dict[str, float]] = {"dense": {"nll": loss()}}
+    """Perplexity of held-out text under every case."""
+    contest = Contest.of(settings, seed)
+    windows = contest.windows(settings["sequences"])
+    points: dict[str, dict[str, float]] = {"dense": {"nll": contest.nll()}}
     for label, name, options in progress(settings["cases"], "pruning and measuring"):
-        data = calibration if method(name).needs_data else None
-        result = create(name, **options).prune(model, data, progress=False)
-        points[label] = {"nll": loss(), "sparsity": result.sparsity, "seconds": result.seconds["total"]}
-        with torch.no_grad():
-            for target in find_targets(model):
-                target.matrix().copy_(dense[target.name])
-    return {"points": points, "curves": _curves(points, settings["cases"])}
-
-
-def _curves(points: dict[str, dict[str, float]], cases: Sequence[Sequence[Any]]) -> dict[str, dict[str, list[float]]]:
-    curves: dict[str, dict[str, list[float]]] = {}
-    for label, name, options in sorted(cases, key=lambda c: c[2].get("sparsity", 0)):
-        if "sparsity" in options and len(options) == 1:
-            curve = curves.setdefault(name, {"x": [0.0], "y": [math.exp(points["dense"]["nll"])]})
-            curve["x"].append(options["sparsity"])
-            curve["y"].append(math.exp(points[label]["nll"]))
-    return curves
+        points[label] = contest.enter(create(name, **options), windows)
+    return {"points": points, "curves": perplexity_curves(points, settings["cases"])}
 
 
 def _digits(settings: dict[str, Any], seed: int, progress: Track) -> dict[str, list[dict[str, float]]]:

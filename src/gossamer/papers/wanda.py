@@ -13,16 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from gossamer.core.targets import find_targets
-from gossamer.measure import perplexity
-from gossamer.methods import method as specification
-from gossamer.models import calibration_batches, evaluation_tokens, load, read_text
+from gossamer.methods import create
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.one_shot_comparison import case, gap, mean
+from gossamer.papers.one_shot_comparison import Contest, case, gap, mean, perplexity_curves
 from gossamer.papers.results import Outcome, Verdict
-from gossamer.pruning.base import prune
 
 _CASES = [
     case("magnitude", 0.5),
@@ -65,38 +59,12 @@ NEAR = math.log(1.1)
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
-    """Prune with every case and measure; the model is restored in between."""
-    loaded = load(settings["model"], dtype="float32")
-    text = read_text(settings["calibration"])
-    held_out = _stretch(evaluation_tokens(read_text(settings["held_out"]), loaded.tokenizer), settings["tokens"], seed)
-    targets = find_targets(loaded.model)
-    dense = {target.name: target.matrix().clone() for target in targets}
-
-    def loss() -> float:
-        return perplexity(loaded.model, held_out, settings["window"], settings["window"], progress=False).nll_per_token
-
-    observed: dict[str, dict[str, float]] = {"dense": {"nll": loss()}}
+    """Prune with every case, and measure."""
+    contest = Contest.of(settings, seed)
+    points: dict[str, dict[str, float]] = {"dense": {"nll": contest.nll()}}
     for label, method, options, count in progress(_plan(settings), "pruning and measuring"):
-        windows = None
-        if specification(method).needs_data:
-            windows = calibration_batches(text, loaded.tokenizer, count, settings["length"], seed)
-        result = prune(loaded.model, method, calibration=windows, progress=False, **options)
-        observed[label] = {
-            "nll": loss(),
-            "sparsity": result.sparsity,
-            "selection seconds": result.seconds["selection"] + result.seconds["statistics"],
-            "total seconds": result.seconds["total"],
-        }
-        with torch.no_grad():
-            for target in targets:
-                target.matrix().copy_(dense[target.name])
-    return {"points": observed, "curves": _curves(observed, settings["cases"])}
-
-
-def _stretch(ids: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    start = count * int(torch.randint(ids.shape[1] // count, (), generator=torch.Generator().manual_seed(seed)))
-    # what the tokenizer puts first (some models are lost without it) belongs before every stretch
-    return torch.cat([ids[:, :1], ids[:, start + 1 : start + count]], dim=1)
+        points[label] = contest.enter(create(method, **options), contest.windows(count))
+    return {"points": points, "curves": perplexity_curves(points, settings["cases"])}
 
 
 def _plan(settings: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], int]]:
@@ -104,16 +72,6 @@ def _plan(settings: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], int]
     plan = [(label, method, options, settings["sequences"]) for label, method, options in settings["cases"]]
     plan += [(f"{_WANDA}, {n} windows", "wanda", {"sparsity": 0.5}, n) for n in settings["other sequences"]]
     return plan
-
-
-def _curves(observed: dict[str, dict[str, float]], cases: Sequence[Sequence[Any]]) -> dict[str, dict[str, list]]:
-    curves: dict[str, dict[str, list]] = {}
-    points = [(m, o["sparsity"], observed[label]["nll"]) for label, m, o in cases if set(o) == {"sparsity"}]
-    for method, sparsity, nll in sorted(points):
-        curve = curves.setdefault(method, {"x": [0.0], "y": [math.exp(observed["dense"]["nll"])]})
-        curve["x"].append(sparsity)
-        curve["y"].append(math.exp(nll))
-    return curves
 
 
 def decide(observations: Sequence[Observation]) -> Verdict:

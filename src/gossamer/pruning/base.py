@@ -73,6 +73,11 @@ class LayerwisePruner:
                 f"the pattern {self.pattern} fixes every layer's sparsity; allocation must be uniform"
             )
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether there is no pruning without calibration data; where there is, data is only measured on."""
+        return bool(self.statistics) or self.allocation == "outliers"
+
     def score(self, target: Target, stats: Statistics | None) -> Tensor:
         """Scores of the shape of the weight, higher = more worth keeping."""
         raise ConfigurationError(f"{type(self).__name__} defines no score")
@@ -157,7 +162,7 @@ class LayerwisePruner:
             if not batches:
                 raise CalibrationError("the calibration data is empty: at least one batch is needed")
             return batches
-        if self.statistics or self.allocation == "outliers":
+        if self.needs_data:
             raise CalibrationError(f"{_name(type(self))} needs calibration data: pass batches of token ids")
         return None
 

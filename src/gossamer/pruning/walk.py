@@ -82,6 +82,8 @@ class Walk:
             if here and not self._restore(stage.name, here):
                 self._prune_stage(stage, here, sparsities)
             done.update(target.name for target in here)
+            if len(done) == len(self.targets):
+                break
             if stage.name:
                 with self._timed("forward"):
                     stage.forward(store=True)
