@@ -26,8 +26,7 @@ def observation(shift=0.0, **changes):
     tuned = {"magnitude": 0.92, "random": 0.88, **dict.fromkeys(paper.DATA_DRIVEN, 0.915)}
     digits = {n: [{"before": 0.8, "after": v + shift / 50}, {"before": 0.8, "after": v}] for n, v in tuned.items()}
     digits["dense"] = [{"before": 0.93}, {"before": 0.92}]
-    curve = {"x": [0.0, 0.3, 0.5, 0.7], "y": [45.0, 60.0, 500.0, 8000.0]}
-    return copy.deepcopy({"points": points, "digits": digits, "curves": {"magnitude": curve}} | changes)
+    return copy.deepcopy({"points": points, "digits": digits} | changes)
 
 
 def observations():

@@ -198,8 +198,9 @@ def _order(observations: Sequence[Observation]) -> dict[str, Interval]:
 
 def _steps(observations: Sequence[Observation]) -> dict[str, Interval]:
     """What must not lie below zero: each step of the magnitude curve."""
-    x = observations[0]["curves"]["magnitude"]["x"]
-    labels = ["dense", *(f"magnitude at {sparsity}" for sparsity in x[1:])]
+    shares = [label.removeprefix("magnitude at ") for label in observations[0]["points"] if label != "dense"]
+    rising = sorted((share for share in shares if share.replace(".", "", 1).isdigit()), key=float)
+    labels = ["dense", *(f"magnitude at {share}" for share in rising)]
     return {f"{worse} − {better}": gap(observations, worse, better) for better, worse in pairwise(labels)}
 
 
