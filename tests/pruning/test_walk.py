@@ -62,7 +62,7 @@ def test_masks_follow_parameters_that_are_stored_transposed_or_stacked():
 
     model = nn.Sequential(conv1d(3, 5), nn.Linear(3, 4), nn.Linear(4, 2))
     model.experts = Experts()
-    result = gossamer.prune(model, "magnitude", sparsity=0.5, progress=False)
+    result = gossamer.prune(model, "magnitude", sparsity=0.5, heads=True, progress=False)
     assert {name: tuple(mask.shape) for name, mask in result.masks.items()} == {
         "0.weight": (5, 3),
         "1.weight": (4, 3),

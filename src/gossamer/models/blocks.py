@@ -7,7 +7,7 @@ the whole model in which the blocks themselves do nothing, so that nothing about
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +113,7 @@ def stages(
     *,
     device: torch.device | str | None = None,
     workspace: Any = None,
-) -> Iterator[Stage]:
+) -> Generator[Stage, None, None]:
     """Yield the blocks of a model one by one, each with the inputs that the blocks before it, as they are now, produce.
 
     Change a block's weights while it is current and the blocks after it see the change. If the consumer has not stored

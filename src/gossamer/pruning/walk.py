@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,16 +77,17 @@ class Walk:
             self._without_data(sparsities)
             return
         done: set[str] = set()
-        for stage in self._stages():
-            here = [target for target in self.targets if stage.owns(target.module_name)]
-            if here and not self._restore(stage.name, here):
-                self._prune_stage(stage, here, sparsities)
-            done.update(target.name for target in here)
-            if len(done) == len(self.targets):
-                break
-            if stage.name:
-                with self._timed("forward"):
-                    stage.forward(store=True)
+        with closing(self._stages()) as visits:
+            for stage in visits:
+                here = [target for target in self.targets if stage.owns(target.module_name)]
+                if here and not self._restore(stage.name, here):
+                    self._prune_stage(stage, here, sparsities)
+                done.update(target.name for target in here)
+                if len(done) == len(self.targets):
+                    break
+                if stage.name:
+                    with self._timed("forward"):
+                        stage.forward(store=True)
         rest = [target for target in self.targets if target.name not in done]
         if rest and not self._restore("rest", rest):
             self._prune_stage(whole_model(self.model, self.batches, self.device), rest, sparsities)
@@ -130,11 +131,13 @@ class Walk:
             collected.update(observation)
         return collected
 
-    def _stages(self, description: str = "pruning") -> Iterator[Stage]:
+    def _stages(self, description: str = "pruning") -> Generator[Stage, None, None]:
         assert self.batches is not None
         count = sum(len(stack.blocks) for stack in find_stacks(self.model)) or 1
         walk = stages(self.model, self.batches, device=self.device, workspace=self.journal.directory)
-        return track(walk, f"{description}: {self.method}", count, self.progress)
+        # left to the garbage collector, a block that cannot be put away would fail unheard
+        with closing(walk):
+            yield from track(walk, f"{description}: {self.method}", count, self.progress)
 
     def _without_data(self, sparsities: Mapping[str, Sparsity]) -> None:
         groups: dict[str, list[Target]] = {}
