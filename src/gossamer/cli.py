@@ -161,8 +161,10 @@ def compress(
     """Give every layer the storage that is fastest on this machine, and save the model like that."""
     from gossamer.models import load
     from gossamer.runtime import compress as compress_model
+    from gossamer.runtime.compress import check_formats
     from gossamer.storage import atomic_directory, save, size_report
 
+    check_formats(None if storage == "exact" else storage, head)
     with atomic_directory(output, overwrite=overwrite) as directory:
         loaded = load(model, dtype=dtype)
         if loaded.licence:
@@ -189,15 +191,17 @@ def bench(
     """Prefill and decode speed, memory, and the limit that the machine's memory sets."""
     from gossamer.measure import read_bandwidth
     from gossamer.models import load
-    from gossamer.runtime import Engine
+    from gossamer.runtime.engine import Engine, check_engine
 
+    check_engine(storage, head)
     found: dict[str, Any] = {}
     for label, source in (("", model), ("dense ", against)):
         if source is None:
             continue
         loaded = load(source, dtype=dtype, device=device)
         # what is compared with is what people have now
-        engine = Engine.of(loaded.model, loaded.tokenizer, "off" if label else storage, head)
+        wanted = "off" if label else storage
+        engine = Engine.of(loaded.model, loaded.tokenizer, wanted, head, context=prompt_tokens + new_tokens)
         speed = engine.speed(prompt_tokens, new_tokens, repeats)
         for phase in ("prefill", "decode"):
             timing = getattr(speed, phase)
@@ -225,11 +229,15 @@ def generate(
 ) -> None:
     """Write a continuation, as it comes."""
     from gossamer.models import load
-    from gossamer.runtime import Engine, Sampling
+    from gossamer.models.prompts import encode_prompt
+    from gossamer.runtime import Sampling
+    from gossamer.runtime.engine import Engine, check_engine
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    check_engine(storage, head)
     loaded = load(model, dtype=dtype, device=device)
-    engine = Engine.of(loaded.model, loaded.tokenizer, storage, head)
+    context = len(encode_prompt(loaded.tokenizer, prompt)) + max(tokens, 1)
+    engine = Engine.of(loaded.model, loaded.tokenizer, storage, head, context=context)
     _, found = engine.write(prompt, tokens, sampling, on_text=lambda text: print(text, end="", flush=True))
     print()
     Console(stderr=True).print(f"{len(found.tokens)} tokens, {found.tokens_per_second:.1f} a second, {engine}")

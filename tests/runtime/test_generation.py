@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gossamer.errors import ConfigurationError, NonFiniteError
+from gossamer.errors import ConfigurationError, ModelError, NonFiniteError
 from gossamer.kernels.native import available
-from gossamer.runtime.generation import Sampling, fastest, generate
+from gossamer.runtime.generation import Sampling, generate
 from gossamer.runtime.program import DecodeProgram
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])
@@ -26,6 +26,10 @@ def model() -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def source_of(model: nn.Module) -> DecodeProgram | nn.Module:
+    return DecodeProgram.of(model, 64) if available() else model
 
 
 def draws(sampling: Sampling, count: int = 4000) -> torch.Tensor:
@@ -76,7 +80,7 @@ def test_top_p_beyond_the_first_thousand_tokens_is_exact() -> None:
 
 
 def test_equal_seeds_write_equal_texts(model: nn.Module) -> None:
-    source = fastest(model, 64)
+    source = source_of(model)
     texts = [generate(source, [1, 2], 20, Sampling(1.0, seed=seed)).tokens for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -94,13 +98,13 @@ def test_program_and_model_write_the_same(model: nn.Module, sampling: Sampling) 
 def test_greedy_text_is_the_one_of_hugging_face(model: nn.Module) -> None:
     prompt = torch.tensor([[5, 6, 7]])
     expected = model.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generate(fastest(model, 64), [5, 6, 7], 20).tokens == expected[0, 3:].tolist()
+    assert generate(source_of(model), [5, 6, 7], 20).tokens == expected[0, 3:].tolist()
 
 
 def test_text_ends_after_a_stop_token(model: nn.Module) -> None:
-    whole = generate(fastest(model, 64), [5, 6, 7], 20).tokens
+    whole = generate(source_of(model), [5, 6, 7], 20).tokens
     stop = whole[4]
-    found = generate(fastest(model, 64), [5, 6, 7], 20, stop=[stop])
+    found = generate(source_of(model), [5, 6, 7], 20, stop=[stop])
     assert found.ended
     assert found.tokens == whole[: whole.index(stop) + 1]
 
@@ -112,7 +116,7 @@ def test_tokens_arrive_one_by_one_and_the_listener_can_end_the_text(model: nn.Mo
         heard.append(token)
         return len(heard) < 3
 
-    found = generate(fastest(model, 64), [1], 20, on_token=listen)
+    found = generate(source_of(model), [1], 20, on_token=listen)
     assert found.tokens == heard
     assert len(heard) == 3
     assert not found.ended
@@ -121,7 +125,8 @@ def test_tokens_arrive_one_by_one_and_the_listener_can_end_the_text(model: nn.Mo
 def test_model_without_a_program_writes_through_itself() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)).eval()
-    assert fastest(model) is model
+    with pytest.raises(ModelError, match="Hugging Face"):
+        DecodeProgram.of(model)
     found = generate(model, [1, 2], 5)
     expected = model.generate(
         torch.tensor([[1, 2]]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0

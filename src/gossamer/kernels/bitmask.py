@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.core.masks import count_bits, pack_bits, unpack_bits
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.kernels.matrix import Call, PackedMatrix, check_weight, quantize_steps
-from gossamer.kernels.native import INT4, VALUE_CODES, available, native
+from gossamer.kernels.native import INT4, VALUE_CODES, native
 
 _WORD = 64  # columns whose bits are read at once
 _SLACK = 64  # bytes behind the last value that a kernel may read
@@ -115,15 +115,8 @@ class BitmaskMatrix(PackedMatrix):
         width = self.bits.shape[1] * _WORD
         return unpack_bits(self.bits.view(torch.uint8).flatten(), (rows, width))[:, :columns]
 
-    def expand(self, first: int = 0, last: int | None = None, threads: int | None = None) -> Tensor:  # noqa: D102
-        columns = self.shape[1]
-        first, last = self.check_rows(first, last)
-        if not available() or not columns:
-            return self._reference()[first:last]
-        tile = torch.empty(last - first, columns)
-        if tile.numel():
-            native().bitmask_expand(*self._matrix(), first, last, tile.data_ptr(), threads or torch.get_num_threads())
-        return tile
+    def _expand_into(self, tile: Tensor, first: int, last: int, threads: int) -> None:
+        native().bitmask_expand(*self._matrix(), first, last, tile.data_ptr(), threads)
 
     def validate(self, name: str = "matrix") -> None:  # noqa: D102
         problem = self._problem()
@@ -175,8 +168,8 @@ class BitmaskMatrix(PackedMatrix):
     def _multiply(self, call: Call, threads: int) -> None:
         native().bitmask_linear(*self._matrix(), *call.arguments(threads), True)
 
-    def _reference(self) -> Tensor:
-        """The whole matrix, dense, with torch alone."""
+    def _reference(self, first: int, last: int) -> Tensor:
+        """These rows, dense, with torch alone."""
         mask = self.mask()
         dense = torch.zeros(self.shape)
         if self.format == "int4":
@@ -190,7 +183,7 @@ class BitmaskMatrix(PackedMatrix):
             dense[mask] = self.values[: int(self.starts[-1])].float()
         if self.scales is not None:
             dense *= self.scales.repeat_interleave(self.group, 1)[:, : self.shape[1]]
-        return dense
+        return dense[first:last]
 
 
 def _check(weight: Tensor, format: str, mask: Tensor | None, group: int | None) -> None:

@@ -86,9 +86,23 @@ class PackedMatrix(ABC):
             If counts, lengths or indices contradict each other, so that a kernel would read where nothing is.
         """
 
-    @abstractmethod
     def expand(self, first: int = 0, last: int | None = None, threads: int | None = None) -> Tensor:
         """Rows `first` to `last` as they are multiplied: ``(last − first, columns)`` float32, zeros included."""
+        first, last = self.check_rows(first, last)
+        if not available() or not self.shape[1]:
+            return self._reference(first, last)
+        tile = torch.empty(last - first, self.shape[1])
+        if tile.numel():
+            self._expand_into(tile, first, last, threads or torch.get_num_threads())
+        return tile
+
+    @abstractmethod
+    def _reference(self, first: int, last: int) -> Tensor:
+        """These rows, dense, with torch alone."""
+
+    def _expand_into(self, tile: Tensor, first: int, last: int, threads: int) -> None:
+        """Fill `tile` with these rows by a compiled kernel."""
+        raise NotImplementedError  # a kind that overrides `expand` needs none
 
     @abstractmethod
     def _multiply(self, call: Call, threads: int) -> None:

@@ -114,14 +114,8 @@ class NibbleMatrix(PackedMatrix):
     def rounds(self, vectors: int) -> bool:  # noqa: D102
         return available() and vectors < self.many
 
-    def expand(self, first: int = 0, last: int | None = None, threads: int | None = None) -> Tensor:  # noqa: D102
-        first, last = self.check_rows(first, last)
-        if not available() or not self.shape[1]:
-            return self._reference(first, last)
-        tile = torch.empty(last - first, self.shape[1])
-        if tile.numel():
-            native().nibble_expand(*self._matrix(), first, last, tile.data_ptr(), threads or torch.get_num_threads())
-        return tile
+    def _expand_into(self, tile: Tensor, first: int, last: int, threads: int) -> None:
+        native().nibble_expand(*self._matrix(), first, last, tile.data_ptr(), threads)
 
     def validate(self, name: str = "matrix") -> None:  # noqa: D102
         problem = self._problem()

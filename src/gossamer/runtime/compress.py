@@ -19,6 +19,7 @@ from gossamer.kernels.native import available
 from gossamer.runtime.choice import GROUPS_PAY, Case, Choices, Storage, candidates
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 HEADS = ("int8", "int4", "bfloat16", "keep")
 
 
@@ -138,8 +139,7 @@ def compress(
     >>> gossamer.prune(loaded.model, "wanda", sparsity=0.7, calibration=batches)  # doctest: +SKIP
     >>> print(gossamer.compress(loaded.model))  # doctest: +SKIP
     """
-    if head not in HEADS:
-        raise ConfigurationError(f"head is {head!r}; it must be one of {', '.join(HEADS)}")
+    check_formats(format, head)
     chosen = Choices() if choices is None else choices
     layers = _linear_layers(model, tuple(include), tuple(exclude))
     output = _output_head(model)
@@ -155,6 +155,20 @@ def compress(
         storages = _storages(output, None if head == "keep" else head, group)
         report.layers.append(_replace(model, name, output, storages, chosen, batch))
     return report
+
+
+def check_formats(format: str | None, head: str) -> None:
+    """Check what weights and the head shall become.
+
+    Raises
+    ------
+    ConfigurationError
+        If one of the two is unknown.
+    """
+    if format is not None and format not in FORMATS:
+        raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    if head not in HEADS:
+        raise ConfigurationError(f"head is {head!r}; it must be one of {', '.join(HEADS)}")
 
 
 def _linear_layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:

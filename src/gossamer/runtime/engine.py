@@ -14,12 +14,25 @@ from gossamer.measure import GenerationSpeed, bytes_in_memory, generation_speed
 from gossamer.measure.speed import measure_generation, prompt_ids
 from gossamer.models.prompts import encode_prompt, end_tokens
 from gossamer.runtime.choice import Choices
-from gossamer.runtime.compress import CompressionReport, compress
+from gossamer.runtime.compress import CompressionReport, check_formats, compress
 from gossamer.runtime.generation import Generation, Sampling, generate
 from gossamer.runtime.program import DecodeProgram
 
 FORMATS = ("off", "exact", "bfloat16", "int8", "int4")
 _CONTEXT = 2048
+
+
+def check_engine(format: str, head: str) -> None:
+    """Check the settings of an engine, before a model is loaded for it.
+
+    Raises
+    ------
+    ConfigurationError
+        If one of the two is unknown.
+    """
+    if format not in FORMATS:
+        raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+    check_formats(None, head)
 
 
 @dataclass
@@ -76,8 +89,7 @@ class Engine:
         ConfigurationError
             If `format` or `head` is unknown.
         """
-        if format not in FORMATS:
-            raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+        check_engine(format, head)
         engine = cls(model, tokenizer)
         if format == "off":
             engine.reason = "it was asked to be left as it is"
@@ -148,7 +160,10 @@ class Engine:
 
         stop = end_tokens(self.model, self.tokenizer)
         found = generate(self.program or self.model, ids, new_tokens, sampling, stop, tell)
-        return self.tokenizer.decode(found.tokens, skip_special_tokens=True), found
+        text = self.tokenizer.decode(found.tokens, skip_special_tokens=True)
+        if on_text is not None and len(text) > len(shown):
+            on_text(text[len(shown) :])
+        return text, found
 
     def speed(
         self, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 5, warmup: int = 1

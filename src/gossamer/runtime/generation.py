@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import ConfigurationError, ModelError, NonFiniteError
+from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.runtime.program import DecodeProgram, Session
 
 _MANY = 1024  # most likely tokens among which the share `top_p` is looked for before all are sorted
@@ -140,22 +140,6 @@ class _ModelText:
         return output.logits[0, -1].float().cpu()
 
 
-def fastest(model: nn.Module, context: int = 2048) -> DecodeProgram | nn.Module:
-    """Return the compiled program of a model, or the model where there is none.
-
-    Parameters
-    ----------
-    model
-        A causal language model of Hugging Face.
-    context
-        Positions that the program is needed for.
-    """
-    try:
-        return DecodeProgram.of(model, context)
-    except ModelError:
-        return model
-
-
 def generate(
     source: DecodeProgram | nn.Module,
     prompt: Sequence[int],
@@ -169,7 +153,7 @@ def generate(
     Parameters
     ----------
     source
-        A compiled program or a model, as :func:`fastest` returns it.
+        A compiled program, or a model that runs itself.
     prompt
         Token ids, at least one.
     new_tokens
