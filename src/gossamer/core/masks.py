@@ -53,6 +53,37 @@ def _count_slowly(bits: Tensor) -> int:
     return int(np.unpackbits(bits.cpu().numpy()).sum())
 
 
+_compiled: Callable[[Tensor, Tensor], bool] | None = None
+
+
+def use_compiled_masks(function: Callable[[Tensor, Tensor], bool]) -> None:
+    """Let :func:`mask_` ask compiled code first; False from it means that it has nothing for such a tensor."""
+    global _compiled
+    _compiled = function
+
+
+@torch.no_grad()
+def mask_(tensor: Tensor, bits: Tensor) -> None:
+    """Zero in place the elements whose bit is 0, whatever was there, NaN and infinity included.
+
+    Parameters
+    ----------
+    tensor
+        Of any shape and floating dtype.
+    bits
+        ``ceil(numel / 8)`` bytes as of :func:`pack_bits`, on the device of the tensor.
+
+    Raises
+    ------
+    CheckpointError
+        If the number of bytes does not fit the tensor.
+    """
+    if bits.numel() != (tensor.numel() + 7) // 8:
+        raise CheckpointError(f"{bits.numel()} bytes of mask for a tensor of {tensor.numel()} elements")
+    if _compiled is None or not _compiled(tensor, bits):
+        tensor.masked_fill_(~unpack_bits(bits, tensor.shape), 0)
+
+
 @dataclass(frozen=True)
 class _Packed:
     bits: Tensor

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.sparse_weight import SparseWeight
 from gossamer.errors import NonFiniteError, TargetError
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -83,17 +84,39 @@ class Target:
                 )
 
 
+class StoredTarget(Target):
+    """The weight of a layer that stores no zeros, under the name that it would have with them."""
+
+    module: SparseWeight
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The list of non-zeros."""
+        return self.module.values
+
+    def matrix(self) -> Tensor:
+        """The weight with its zeros: a copy, writing to which changes nothing."""
+        return self.module.dense_weight()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of :meth:`matrix`."""
+        return self.module.mask().shape
+
+
 def find_targets(
     model: nn.Module,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     *,
     heads: bool = False,
+    recurrent: bool = False,
+    embeddings: bool = False,
 ) -> list[Target]:
     """The prunable matrices of a model, in the order in which it defines them.
 
-    Embeddings, and whatever is tied to one, are never targets. Output heads (``lm_head``, the last classifier) are
-    left out unless asked for: they hold few of the weights that can be spared and much of the quality.
+    Output heads (``lm_head``, the last classifier) are left out unless asked for: they hold few of the weights that
+    can be spared and much of the quality. So are embeddings, and whatever is tied to one.
 
     Parameters
     ----------
@@ -104,6 +127,10 @@ def find_targets(
         second.
     heads
         Whether output heads count.
+    recurrent
+        Whether the matrices of recurrent layers count, each with its gates stacked as torch stores them.
+    embeddings
+        Whether embeddings count, and what is tied to them.
 
     Raises
     ------
@@ -111,14 +138,16 @@ def find_targets(
         If nothing matches.
     """
     include, exclude = tuple(include), tuple(exclude)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = set() if embeddings else {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     skipped = set() if heads else {id(head) for head in _output_heads(model)}
     found: dict[tuple[int, int | None], Target] = {}
     candidates = 0
     for module_name, module in model.named_modules(remove_duplicate=False):
         for target in _targets_of(module_name, module):
             key = (id(target.parameter), target.index)
-            if id(target.parameter) in embeddings or id(module) in skipped:
+            if isinstance(module, nn.RNNBase) and not recurrent:
+                continue
+            if id(target.parameter) in tables or id(module) in skipped:
                 continue
             candidates += 1
             if key in found:
@@ -139,14 +168,21 @@ def _matches(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def _examples(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if next(_targets_of(name, module), None)]
+    modules = [each for each in model.named_modules() if not isinstance(each[1], (nn.Embedding, nn.RNNBase))]
+    names = [name for name, module in modules if next(_targets_of(name, module), None)]
     return ", ".join(repr(name) for name in (names[:1] + names[-1:])) or "nothing prunable"
 
 
 def _targets_of(module_name: str, module: nn.Module) -> Iterator[Target]:
     prefix = f"{module_name}." if module_name else ""
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
+    if isinstance(module, SparseWeight):
+        yield StoredTarget(f"{prefix}weight", module_name, module)
+    elif isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS)):
         yield Target(f"{prefix}weight", module_name, module)
+    elif isinstance(module, nn.RNNBase):
+        for attribute, _ in module.named_parameters(recurse=False):
+            if attribute.startswith("weight"):
+                yield Target(f"{prefix}{attribute}", module_name, module, attribute)
     elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2 layer
         yield Target(f"{prefix}weight", module_name, module, transposed=True)
     else:

@@ -1,0 +1,207 @@
+"""A training run in which a method decides, step by step, which weights are zero.
+
+Everything hangs on hooks of the optimiser and of the weights' gradients, so that the loop of the user, whatever it
+does between two steps (accumulating, clipping, scaling, averaging), stays as it was. Masks are kept at one bit a
+weight; that they hold is not left to the optimiser.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gossamer.core.masks import MaskSet, pack_bits
+from gossamer.core.sparse_sites import MaskedWeight, StoredNonzeros
+from gossamer.core.sparsifier import Phase, Sparsifier
+from gossamer.core.targets import Target
+from gossamer.core.topology import Topology, ranks
+from gossamer.errors import CheckpointError, ConfigurationError
+
+_FOLLOWED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class SparseTraining(Topology):
+    """What :meth:`gossamer.core.sparsifier.Sparsifier.attach` returns.
+
+    Attributes
+    ----------
+    method, model, optimizer
+        What runs.
+    extra
+        What the method itself wants to remember: numbers and tensors; saved with the run.
+    notes
+        What the method could not do as it was asked, a sentence each.
+
+    Steps count from the moment the method was attached; those that a gradient scaler skips do not count.
+    """
+
+    def __init__(
+        self,
+        method: Sparsifier,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any] | None = None,
+    ):
+        targets = method.targets(model)
+        _check(targets, optimizer)
+        super().__init__(targets, optimizer, method.seed)
+        self.method, self.model = method, model
+        self.extra: dict[str, Any] = {}
+        self.notes: list[str] = []
+        for site in self._sites.values():
+            _FOLLOWED[site.parameter] = self
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._attached = True
+        try:
+            if state is None:
+                method.start(self)
+            else:
+                self.load_state_dict(state)
+        except BaseException:
+            self._release()
+            raise
+        for note in self.notes:
+            warnings.warn(note, stacklevel=3)
+        if state is None:
+            self._record()
+            self._prepare()
+
+    @property
+    def phase(self) -> Phase:
+        """What the method is doing: warm-up, ramp, explore or frozen."""
+        return self.method.phase(self.step)
+
+    # ------------------------------------------------------------------------------------------ hooks
+
+    def _before_step(self, *_: Any) -> None:
+        # whatever averages gradients over ranks writes to them after they have been masked
+        if ranks() > 1:
+            for site in self._sites.values():
+                if isinstance(site, MaskedWeight):
+                    site.mask_gradient()
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        for site in self._sites.values():
+            site.hold()
+        if ranks() > 1 and self.method.wants_gradient(self.step):
+            for site in self._sites.values():
+                _average(site.gradient())
+        self.method.change(self)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        wanted = self.method.wants_gradient(self.step + 1)
+        for site in self._sites.values():
+            site.collect(wanted)
+
+    # ------------------------------------------------------------------------------------------ beginning, end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything from which a run goes on exactly as if it had not stopped, besides model and optimiser."""
+        return {
+            "method": type(self.method).__name__,
+            "step": self.step,
+            "masks": self.masks.state_dict(),
+            "generator": self.generator.get_state(),
+            "extra": dict(self.extra),
+            "history": list(self.history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run stopped; load the model and the optimiser as well, in any order.
+
+        Raises
+        ------
+        CheckpointError
+            If the state is of another method or model, or damaged; nothing is changed then.
+        """
+        missing = {"method", "step", "masks", "generator", "extra", "history"} - set(state)
+        if missing:
+            raise CheckpointError(f"the state lacks {sorted(missing)[0]!r}; it is no state of a sparse training run")
+        attached = type(self.method).__name__
+        if state["method"] != attached:
+            raise CheckpointError(
+                f"the state is of {state['method']}, and {attached} is attached; attach the same method"
+            )
+        masks = MaskSet.from_state_dict(state["masks"])
+        shapes = {name: site.shape for name, site in self._sites.items()}
+        if masks.shapes != shapes:
+            name = sorted(set(masks.shapes.items()) ^ set(shapes.items()))[0][0]
+            raise CheckpointError(
+                f"the state covers other weights than the model has, first {name!r}; it is of another model"
+            )
+        for name, site in self._sites.items():
+            if not torch.equal(site.bits.cpu(), pack_bits(masks[name])):
+                site.assign(masks[name], self.optimizer)
+        self.step, self.extra, self.history = int(state["step"]), dict(state["extra"]), list(state["history"])
+        self.generator.set_state(state["generator"])
+        self._prepare()
+
+    def finalize(self, *copies: nn.Module) -> MaskSet:
+        """End: the method finishes, every hook goes, and the model is a plain one with zeros in its weights.
+
+        Parameters
+        ----------
+        copies
+            Other models of the same shape that get the same zeros, such as an average over the steps.
+
+        Returns
+        -------
+        MaskSet
+            What remains.
+        """
+        self._check_attached()
+        self.method.finish(self)
+        self._release()
+        masks = self.masks
+        for name, site in self._sites.items():
+            if isinstance(site, StoredNonzeros):
+                _replace(self.model, name.rpartition(".")[0], site.layer.to_dense())
+        for copy in copies:
+            masks.apply_(copy)
+        return masks
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise ConfigurationError("this run has been finalized already; attach the method again to go on")
+
+    def _release(self) -> None:
+        self._attached = False
+        for handle in self._handles:
+            handle.remove()
+        for site in self._sites.values():
+            site.release()
+            _FOLLOWED.pop(site.parameter, None)
+
+
+def _check(targets: Iterable[Target], optimizer: torch.optim.Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for target in targets:
+        name, parameter = target.name, target.parameter
+        if not parameter.requires_grad:
+            raise ConfigurationError(f"{name} has requires_grad=False and cannot train; exclude it or unfreeze it")
+        if id(parameter) not in held:
+            raise ConfigurationError(f"{name} is not in the optimizer; give that of this model, or exclude it")
+        if parameter in _FOLLOWED:
+            follower = type(_FOLLOWED[parameter].method).__name__
+            raise ConfigurationError(f"{name} is already followed by {follower}; finalize() that first")
+
+
+def _average(gradient: Tensor | None) -> None:
+    if gradient is not None:
+        torch.distributed.all_reduce(gradient)
+        gradient /= ranks()
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
