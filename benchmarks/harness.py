@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -142,10 +144,20 @@ def main(measure: Callable[[Options], list[Row]]) -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--quick", action="store_true", help="small and short, only to see that it runs")
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with llm-compressor")
+    parser.add_argument("--merge", action="store_true", help="keep the rows of the file that are not measured now")
     arguments = parser.parse_args()
     rows = measure(Options(arguments.quick, arguments.peer_python))
     show(rows)
     if arguments.json:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         content = {"date": today, "machine": describe_machine(), "quick": arguments.quick}
-        write_json(arguments.json, {**content, "rows": [asdict(row) for row in rows]})
+        kept = earlier_rows(arguments.json, rows) if arguments.merge else []
+        write_json(arguments.json, {**content, "rows": [*kept, *map(asdict, rows)]})
+
+
+def earlier_rows(file: Path, rows: list[Row]) -> list[dict[str, Any]]:
+    """Rows of a file of figures whose operations have not been measured now, so that one benchmark can be repeated."""
+    if not file.exists():
+        return []
+    measured = {row.operation for row in rows}
+    return [row for row in json.loads(file.read_text())["rows"] if row["operation"] not in measured]

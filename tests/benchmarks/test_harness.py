@@ -9,7 +9,7 @@ from benchmarks.pruning_memory import SHAPES, Peak, row
 
 from benchmarks import pruning_selection
 from gossamer.measure import Timing
-from gossamer.report.tables import performance_table
+from gossamer.report.performance import performance_table
 
 
 def test_a_row_pairs_the_rounds_and_meets_its_bar_or_not():

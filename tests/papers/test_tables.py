@@ -7,7 +7,7 @@ import pytest
 
 from gossamer.errors import CheckpointError
 from gossamer.papers import Interval, Result, Verdict, papers
-from gossamer.report import tables
+from gossamer.report import performance, tables
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -86,7 +86,7 @@ def test_performance_page_shows_ratio_spread_limit_and_bar(tmp_path):
     slow = {**MEMORY, "met": False, "limit": None, "fraction_of_limit": None, "note": ""}
     content = {"date": "2026-01-31", "machine": {"cpu": "some processor"}, "quick": False, "rows": [ROW, slow]}
     (tmp_path / "results.json").write_text(json.dumps(content))
-    page = tables.performance_table(tmp_path / "results.json")
+    page = performance.performance_table(tmp_path / "results.json")
     assert "Measured on 2026-01-31 on: cpu some processor." in page
     assert (
         "| wanda | some model \\| 50%; perplexity 9.00, theirs 9.01 | 250 ms | another | 500 ms "
@@ -96,11 +96,11 @@ def test_performance_page_shows_ratio_spread_limit_and_bar(tmp_path):
 
 
 def test_performance_page_without_figures_says_how_to_get_them(tmp_path):
-    assert "run `make bench`" in tables.performance_table(tmp_path / "absent.json")
+    assert "run `make bench`" in performance.performance_table(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"rows": [{}], "date": "", "machine": {}}'])
 def test_damaged_benchmark_results_are_named(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"results\.json is damaged"):
-        tables.performance_table(tmp_path / "results.json")
+        performance.performance_table(tmp_path / "results.json")

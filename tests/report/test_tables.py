@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gossamer.errors import CheckpointError
-from gossamer.report.tables import performance_table, quality_table
+from gossamer.report.performance import decode_table, performance_table, quality_table
 
 
 def test_perplexities_stand_by_model_and_method(tmp_path):
@@ -27,9 +27,33 @@ def test_perplexities_stand_by_model_and_method(tmp_path):
     assert quality_table(tmp_path / "none.json") == ""
 
 
-@pytest.mark.parametrize("page", [quality_table, performance_table])
+@pytest.mark.parametrize("page", [quality_table, performance_table, decode_table])
 def test_damaged_figures_are_refused(page, tmp_path):
     path = tmp_path / "figures.json"
     path.write_text('{"rows": 3, "figures": []}')
     with pytest.raises(CheckpointError, match=r"figures\.json is damaged"):
         page(path)
+
+
+def test_decoding_says_which_points_no_file_of_llama_dominates(tmp_path):
+    def point(label, megabytes, nll, speed, ours):
+        return {"label": label, "megabytes": megabytes, "nll": nll, "tokens_per_second": speed, "ours": ours}
+
+    def row(label, peer, ratio):
+        return {"case": f"demo, {label}, 2 threads", "peer": peer, "ratio": ratio, "fraction_of_limit": 0.5}
+
+    points = [
+        point("W4, head int8", 90.0, 4.0, 120.0, True),
+        point("bfloat16", 200.0, 4.0, 50.0, True),
+        point("GGUF Q8_0", 150.0, 3.9, 60.0, False),
+    ]
+    rows = [row("W4, head int8", "Hugging Face, bfloat16", 7.5), row("W4, head int8", "llama.cpp, packaged GGUF", 2.0)]
+    path = tmp_path / "decode.json"
+    path.write_text(
+        json.dumps({"date": "2026-01-31", "machine": {"cpu": "x"}, "rows": rows, "points": {"demo": points}})
+    )
+    page = decode_table(path).splitlines()
+    assert "| W4, head int8 | 90.0 | 4.0000 | 120.0 | 7.50 | 2.00 | 50% | yes |" in page
+    assert "| bfloat16 | 200.0 | 4.0000 | 50.0 |  |  |  |  |" in page
+    assert "| llama.cpp: GGUF Q8_0 | 150.0 | 3.9000 | 60.0 |  |  |  |  |" in page
+    assert decode_table(tmp_path / "none.json") == ""
