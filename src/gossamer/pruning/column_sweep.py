@@ -7,7 +7,7 @@ between blocks the errors of many columns go on together, in one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from gossamer.core.selection import Sparsity, dropped_count, keep_highest
 from gossamer.errors import ConfigurationError, NonFiniteError, SingularError
 
 _SMALL = 96  # features: from here on halving a triangle costs more than it saves
+_SWAPPED_AT_ONCE = 1 << 18  # numbers
 _PANEL = 8  # columns: few enough that a step stays below what torch would share out among threads
 ORDERS = ("natural", "hessian")
 
@@ -48,7 +49,12 @@ class Factor:
 
 
 def factor(
-    gram: Tensor, damping: float = 0.01, order: str = "natural", group: int = 1, name: str = "layer", tokens: int = 0
+    gram: Tensor | Callable[[], Tensor],
+    damping: float = 0.01,
+    order: str = "natural",
+    group: int = 1,
+    name: str = "layer",
+    tokens: int = 0,
 ) -> Factor:
     """Factor the inverse of a damped Hessian; every positive multiple of XᵀX gives the same result, up to its scale.
 
@@ -59,7 +65,8 @@ def factor(
     Parameters
     ----------
     gram
-        ``(in, in)``, symmetric; not changed.
+        ``(in, in)``, symmetric; not changed. Or a function that makes it, which is called for every attempt and whose
+        result is worked on in place: then no second matrix of that size is held.
     damping
         Share of the mean diagonal (of the features that are not dead) that is added to the diagonal; above 0.
     order
@@ -82,41 +89,67 @@ def factor(
         raise ConfigurationError(
             f"damping is {damping} and order {order!r}; give a positive number, and one of {', '.join(ORDERS)}"
         )
-    hessian = gram.float()
-    if not torch.isfinite(hessian.sum()) and not torch.isfinite(hessian).all():
+    make = gram if callable(gram) else gram.clone
+    work = make().float()
+    if not torch.isfinite(work.sum()) and not torch.isfinite(work).all():
         raise NonFiniteError(f"{name}: the Hessian holds NaN or infinity; look for them in the calibration data")
-    diagonal = hessian.diagonal()
+    diagonal = work.diagonal().clone()
     dead = diagonal == 0
     # a dead feature meets no other one: what stands on its diagonal only has to be positive
     mean = float(diagonal.sum() / (~dead).sum()) if not dead.all() else 1.0
-    columns = torch.arange(len(dead), device=gram.device)
+    columns = torch.arange(len(dead), device=work.device)
     if order == "hessian":
         mass = diagonal.view(-1, group).sum(1)
         columns = columns.view(-1, group)[mass.argsort(descending=True, stable=True)].flatten()
-        hessian, dead = hessian[columns][:, columns], dead[columns]
-    for dtype in (torch.float32, torch.float64):
-        share = damping
-        while share <= max(1.0, damping):
-            backwards = hessian.flip(0, 1).to(dtype)
-            backwards.diagonal().add_(share * mean).masked_fill_(dead.flip(0), mean)
-            upper = _inverse_factor(backwards)
-            if upper is not None:
-                return Factor(upper.float(), columns, dead, share)
-            share *= 10
-    values = torch.linalg.eigvalsh(hessian.double())
+        dead = dead[columns]
+    for attempt, (dtype, share) in enumerate(_attempts(damping)):
+        if attempt:  # what has been factored in place is gone
+            work = make().float()
+        work = work.to(dtype)
+        work = work[columns][:, columns] if order == "hessian" else work.contiguous()
+        _reverse_(work)
+        work.diagonal().add_(share * mean).masked_fill_(dead.flip(0), mean)
+        if _inverse_factor_(work):
+            return Factor(work.mT.float(), columns, dead, share)
+    values = torch.linalg.eigvalsh(make().double())
     raise SingularError(
         f"{name}: the Hessian of {len(dead)} features from {tokens} tokens cannot be factored even with damping 1 "
         f"(eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}); use more or other data"
     )
 
 
-def _inverse_factor(backwards: Tensor) -> Tensor | None:
-    """U of a Hessian that is given last feature first."""
-    lower, failed = torch.linalg.cholesky_ex(backwards)
+def _attempts(damping: float) -> Iterator[tuple[torch.dtype, float]]:
+    for dtype in (torch.float32, torch.float64):
+        share = damping
+        while share <= max(1.0, damping):
+            yield dtype, share
+            share *= 10
+
+
+def _reverse_(matrix: Tensor) -> None:
+    """Turn a contiguous square matrix around in place: the last row and column become the first."""
+    flat, length = matrix.view(-1), matrix.numel()
+    for start in range(0, length // 2, _SWAPPED_AT_ONCE):
+        stop = min(start + _SWAPPED_AT_ONCE, length // 2)
+        front, back = flat[start:stop], flat[length - stop : length - start]
+        turned = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(turned)
+
+
+def _inverse_factor_(backwards: Tensor) -> bool:
+    """Replace a Hessian that is given last feature first by Uᵀ; False if it cannot be factored.
+
+    Libraries of linear algebra go down columns: the transposed view, which is the same matrix, is theirs to overwrite.
+    """
+    lower = backwards.mT
+    failed = torch.zeros((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
     if failed:
-        return None
+        return False
     _invert_lower_(lower)
-    return lower.flip(0, 1) if torch.isfinite(lower.sum()) else None
+    _reverse_(backwards)
+    return bool(torch.isfinite(lower.sum()))
 
 
 def _invert_lower_(lower: Tensor) -> None:
@@ -129,7 +162,7 @@ def _invert_lower_(lower: Tensor) -> None:
     first, below, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
     _invert_lower_(first)
     _invert_lower_(second)
-    below.copy_(second @ (below @ first)).neg_()
+    torch.mm(second, below @ first, out=below).neg_()
 
 
 @dataclass(frozen=True)
@@ -292,7 +325,7 @@ class _Sweep:
     def block(self, start: int, stop: int) -> None:
         """Choose and sweep the columns start … stop, and let all the later ones make up for it."""
         upper = self.factor.upper[start:stop]
-        self.influence = -upper[:, start:stop]
+        self.influence = -upper[:, start:stop].contiguous()
         self.pivots = upper.diagonal(start).unsqueeze(1)
         self.slab, self.slab_kept = self.columns[start:stop], self.kept[start:stop]
         self.error, self.share = torch.empty_like(self.slab), torch.empty_like(self.slab)

@@ -177,7 +177,7 @@ class Gqsa(LayerwisePruner):
         key = f"gqsa:{self.damping}"
         if key not in stats.derived:
             gram = stats[Gram]
-            stats.derived[key] = factor(gram.matrix, self.damping, name=target.name, tokens=gram.tokens)
+            stats.derived[key] = factor(lambda: gram.matrix, self.damping, name=target.name, tokens=gram.tokens)
         return stats.derived[key]
 
     def _rounded(self, target: Target, stats: Statistics | None, kept: Tensor) -> tuple[Tensor, Groups]:

@@ -118,5 +118,5 @@ class SparseGPT(LayerwisePruner):
                     f"Hessian without full rank; use at least as many tokens as features",
                     stacklevel=2,
                 )
-            stats.derived[key] = factor(gram.matrix, self.damping, self.order, group, name, gram.tokens)
+            stats.derived[key] = factor(lambda: gram.matrix, self.damping, self.order, group, name, gram.tokens)
         return stats.derived[key]

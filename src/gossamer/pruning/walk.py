@@ -165,6 +165,7 @@ class Walk:
             sharing.setdefault(id(target if stats is None else stats), []).append(target)
         for group in sharing.values():
             self._prune_together(group, observation.get(group[0].name), sparsities)
+            observation.forget(target.name for target in group)
         self._keep(stage.name or "rest", targets)
 
     def _prune_together(
