@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gossamer.core.channel_groups import find_channel_groups
 from gossamer.core.kernel_groups import KernelGroup
 from gossamer.core.patterns import Pattern
 from gossamer.errors import ConfigurationError, ModelError, PatternError
-from gossamer.structured.dependencies import find_channel_groups
 from gossamer.structured.rearrange import OrderSearch, magnitudes, rearrange_channels
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.core.kernel_groups import KernelGroup, KernelRows
 from gossamer.core.schedules import Cubic
-from gossamer.errors import ConfigurationError
+from gossamer.errors import CalibrationError, ConfigurationError, PatternError
 from gossamer.methods import create
+from gossamer.structured import sparsebytenn as module
 from gossamer.structured.sparsebytenn import SparseByteNN, distillation
 
 
@@ -125,9 +127,79 @@ def test_distillation_is_zero_for_equal_outputs_and_follows_the_teacher():
 
 def test_it_is_known_by_name_and_checks_its_parameters():
     assert create("sparsebytenn", group=4).pattern.size == 4
-    for options in ({"score": "taylor"}, {"every": 0}, {"begin": 5, "end": 5}, {"group": 5}, {"sparsity": 1.0}):
+    wrong = ({"score": "taylor"}, {"every": 0}, {"begin": 5, "end": 5}, {"group": 5}, {"sparsity": 1.0})
+    for options in (*wrong, {"group": "best"}, {"depthwise": "columns"}):
         with pytest.raises(ConfigurationError):
             SparseByteNN(**options)
+
+
+def test_the_size_of_groups_is_measured_when_it_is_attached(monkeypatch):
+    seen = []
+
+    def choose(shapes, sparsity):
+        seen.append((sorted(shapes), sparsity))
+        return 8
+
+    monkeypatch.setattr(module, "choose_group_size", choose)
+    method = SparseByteNN(sparsity=0.5, group="auto", end=10, every=5)
+    with pytest.raises(ConfigurationError, match="group is 'auto'"):
+        method.masks(network())
+    _, run, _ = trained(method, 12)
+    assert seen == [([(32, 16, 1, 1), (32, 32, 3, 3)], 0.5)]
+    masks = run.finalize()
+    KernelGroup(8).verify(masks["7.weight"], 0.5, "7.weight")
+    with pytest.raises(PatternError):
+        KernelGroup(16).verify(masks["7.weight"], 0.5, "7.weight")
+
+
+@pytest.mark.parametrize(("depthwise", "pattern"), [("channels", KernelGroup(1)), ("rows", KernelRows())])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_depthwise_kernels_lose_channels_or_rows_if_that_is_wanted(depthwise, pattern, allocation):
+    method = SparseByteNN(sparsity=0.5, group=4, depthwise=depthwise, allocation=allocation, end=10, every=5)
+    model, run, _ = trained(method, 12)
+    masks = run.finalize()
+    assert set(masks) == {"3.weight", "4.weight", "7.weight"}
+    pattern.verify(masks["3.weight"], 0.5, "3.weight")
+    assert not masks.violations(model)
+    assert float((model[3].weight == 0).double().mean()) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_what_inputs_carry_decides_which_kernels_stay():
+    model, method = network(), SparseByteNN(sparsity=0.5, group=4, score="activation", rearrange=False)
+    with torch.no_grad():
+        model[3].weight[::2] *= 100  # every second input of the 1 × 1 convolution is far stronger than its weight shows
+        model[3].bias.zero_()
+    with pytest.raises(ConfigurationError, match=r"inputs of 4\.weight are not known"):
+        method.masks(model)
+    method.observe(model, [torch.randn(4, 1, 8, 8)])
+    mask = method.masks(model)["4.weight"]
+    assert mask[:, ::2].all()
+    assert not mask[:, 1::2].any()
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        SparseByteNN(score="activation").observe(model, [])
+
+
+def test_channels_are_ordered_by_what_inputs_carry_and_outputs_stay():
+    model = network()
+    x, images = torch.randn(2, 1, 8, 8), [torch.randn(4, 1, 8, 8)]
+    wanted = model.eval()(x)
+    method = SparseByteNN(sparsity=0.5, group=16, score="activation", end=10)
+
+    def kept():
+        method.observe(model, images)
+        scores = {name: method.unit_scores(model.get_parameter(name), name) for name in ("4.weight", "7.weight")}
+        masks = method.masks(model)
+        return sum(float(scores[name][masks[name].flatten(2).any(2)].sum()) for name in scores)
+
+    before = kept()
+    run = method.attach(model, torch.optim.SGD(model.parameters(), 0.1), images)
+    assert run.rearranged
+    assert torch.allclose(model.eval()(x), wanted, atol=1e-5)
+    norms = dict(run.method.norms)
+    assert kept() > before
+    assert all(torch.allclose(norms[name], method.norms[name], rtol=1e-4) for name in norms)
+    with pytest.raises(CalibrationError):
+        method.attach(model, torch.optim.SGD(model.parameters(), 0.1))
 
 
 def test_in_a_global_competition_the_weakest_units_of_all_layers_go():

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gossamer.core.selection import Sparsity, dropped_count
+from gossamer.core.selection import Sparsity, dropped_count, keep_highest_jointly
 from gossamer.errors import ConfigurationError, SparsityError, UnknownNameError, check_sparsity
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,7 +26,7 @@ def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
     return dict.fromkeys(shapes, sparsity)
 
 
-def erdos_renyi(shapes: Shapes, sparsity: float, *, kernel: bool = False) -> dict[str, float]:
+def erdos_renyi(shapes: Shapes, sparsity: float, *, kernel: bool = False, power: float = 1.0) -> dict[str, float]:
     """Density in proportion to (out + in) / (out · in) [Mocanu et al., 2018; Evci et al., 2020, arXiv 1911.11134].
 
     Parameters
@@ -37,11 +37,13 @@ def erdos_renyi(shapes: Shapes, sparsity: float, *, kernel: bool = False) -> dic
         Of all the layers together.
     kernel
         Whether kernel sizes count in both sums (ERK).
+    power
+        Of that ratio: 1 in the papers, 0 the same density everywhere.
     """
 
     def raw_density(shape: tuple[int, ...]) -> float:
         dimensions = shape if kernel else shape[:2]
-        return sum(dimensions) / math.prod(dimensions)
+        return (sum(dimensions) / math.prod(dimensions)) ** power
 
     return proportional({name: raw_density(shape) for name, shape in shapes.items()}, shapes, sparsity)
 
@@ -71,6 +73,68 @@ def proportional(raw_density: Mapping[str, float], shapes: Shapes, sparsity: flo
         if not full:
             return {name: 0.0 if name in dense else 1 - raw_density[name] * scale for name in shapes}
         dense |= full
+
+
+def around(
+    fixed: Mapping[str, float], shapes: Shapes, sparsity: float, rule: Callable[[Shapes, float], dict[str, float]]
+) -> dict[str, float]:
+    """Give some layers a sparsity of their own, and spread what is left of the budget over the others by a rule.
+
+    Parameters
+    ----------
+    fixed
+        Name → sparsity in [0, 1).
+    shapes
+        Name → shape of the weight.
+    sparsity
+        Of all the layers together.
+    rule
+        From shapes and a sparsity to an allocation, such as :func:`uniform`.
+
+    Raises
+    ------
+    SparsityError
+        If the layers of their own take more than the budget, or less than the others can make up for.
+    """
+    check_sparsity(sparsity)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    others = {name: shape for name, shape in shapes.items() if name not in fixed}
+    room = sum(sizes[name] for name in others)
+    zeros = sparsity * sum(sizes.values()) - sum(sizes[name] * fixed[name] for name in fixed)
+    if not 0 <= zeros < max(room, 1):
+        raise SparsityError(
+            f"sparsity {sparsity:g} leaves {zeros:.0f} of {room} weights of the other layers to remove once "
+            f"{', '.join(fixed)} have theirs; ask for another sparsity, or exclude those layers"
+        )
+    spread = rule(others, zeros / room) if room else {}
+    return {name: fixed[name] if name in fixed else spread[name] for name in shapes}
+
+
+def uniform_plus(shapes: Shapes, sparsity: float, *, last_density: float = 0.2) -> dict[str, float]:
+    """The same sparsity for all but the first layer, which stays dense, and the last, which keeps at least a fifth.
+
+    Gale et al., 2019, arXiv 1902.09574; the first and the last are those of `shapes`.
+    """
+    first, last = next(iter(shapes)), list(shapes)[-1]
+    fixed = {first: 0.0}
+    if 1 - sparsity < last_density and last != first:
+        fixed[last] = 1 - last_density
+    return around(fixed, shapes, sparsity, uniform)
+
+
+def erdos_renyi_kernel_plus(shapes: Shapes, sparsity: float, *, last_density: float = 1.0) -> dict[str, float]:
+    """ERK for all but the last layer, which has a density of its own [Liu et al., 2022, arXiv 2202.02643]."""
+    return around({list(shapes)[-1]: 1 - last_density}, shapes, sparsity, ALLOCATIONS["erdos-renyi-kernel"])
+
+
+def shares_of_highest(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """How many zeros each layer would have if the highest scores of the whole model were kept.
+
+    With the scores of SNIP or GraSP this is all that Liu et al., 2022, arXiv 2202.02643, keep of those methods.
+    """
+    total = sum(values.numel() for values in scores.values())
+    kept = keep_highest_jointly(scores, dropped_count(total, sparsity))
+    return {name: 1 - float(mask.double().mean()) for name, mask in kept.items()}
 
 
 def outlier_weighted(
@@ -237,6 +301,8 @@ ALLOCATIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
     "uniform": uniform,
     "erdos-renyi": erdos_renyi,
     "erdos-renyi-kernel": lambda shapes, sparsity: erdos_renyi(shapes, sparsity, kernel=True),
+    "uniform-plus": uniform_plus,
+    "erdos-renyi-kernel-plus": erdos_renyi_kernel_plus,
 }
 """Allocations that need to know nothing but shapes."""
 

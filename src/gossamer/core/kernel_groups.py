@@ -1,4 +1,4 @@
-"""Whole kernels that go for a group of adjacent output channels at once, the pattern of SparseByteNN."""
+"""The patterns of SparseByteNN: whole kernels that go for a group of output channels at once, and rows of kernels."""
 
 from __future__ import annotations
 
@@ -51,3 +51,36 @@ class KernelGroup(Pattern):
         kept = keep_highest(units.reshape(1, -1), dropped, name).view(units.shape)
         rows = kept.repeat_interleave(self.size, 0)[: scores.shape[0]]
         return rows.view(*rows.shape, *([1] * (scores.dim() - 2))).expand(scores.shape).contiguous()
+
+
+@dataclass(frozen=True)
+class KernelRows(Pattern):
+    """Rows of the kernels of a depthwise convolution are kept or dropped as a whole.
+
+    A kernel of a depthwise convolution belongs to one channel alone, so that there is no group to drop it for; what can
+    go without the whole channel is a row of it, ``(output channel, input channel, row)``. All rows of a layer compete
+    by the sum of their scores. Xu et al., 2023, arXiv 2310.19509; a reconstruction, since the abstract names no shapes.
+    """
+
+    def __str__(self) -> str:
+        return "kernel-rows"
+
+    def check_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
+        """Refuse what has no kernels.
+
+        Raises
+        ------
+        PatternError
+            If it is not ``(out, in, height, width)``.
+        """
+        super().check_shape(shape, name)
+        if len(shape) != 4:
+            raise PatternError(f"{name} is {tuple(shape)}; rows of kernels need (out, in, height, width)")
+
+    def select(self, scores: Tensor, sparsity: Sparsity | None = None, name: str = "scores") -> Tensor:  # noqa: D102
+        sparsity = self.resolve(sparsity)
+        self.check_shape(scores.shape, name)
+        rows = check_scores(scores, name).sum(3)
+        dropped = dropped_count(rows.numel(), sparsity)
+        kept = keep_highest(rows.reshape(1, -1), dropped, name).view(rows.shape)
+        return kept[..., None].expand(scores.shape).contiguous()

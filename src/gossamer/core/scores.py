@@ -37,6 +37,19 @@ def relative_importance(weight: Tensor, input_norm: Tensor, power: float = 0.5) 
     return (share_of_column + share_of_row) * input_norm.float() ** power
 
 
+def lamp(weight: Tensor) -> Tensor:
+    """``W_u² / Σ_{|W_v| ≥ |W_u|} W_v²``, by which layers compare: LAMP [Lee et al., 2021, arXiv 2010.07611].
+
+    The largest weight of every layer scores 1, so that a layer loses its last weight only when all have but one left.
+    Zeros score 0.
+    """
+    flat = weight.double().flatten().square()
+    ordered, order = flat.sort(stable=True)
+    not_smaller = ordered.flip(0).cumsum(0).flip(0)
+    share = ordered / not_smaller.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.empty_like(flat).scatter_(0, order, share).view(weight.shape).float()
+
+
 def random(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Uniform in [0, 1), drawn on the CPU so that a seed means the same on every device."""
     return torch.rand(weight.shape, generator=generator).to(weight.device)

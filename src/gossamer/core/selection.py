@@ -85,6 +85,9 @@ def keep_highest(scores: Tensor, dropped: int, name: str = "scores") -> Tensor:
         return torch.ones(rows, n, dtype=torch.bool, device=scores.device)
     if dropped == n:
         return torch.zeros(rows, n, dtype=torch.bool, device=scores.device)
+    found = _compiled(scores, dropped) if _compiled is not None else None
+    if found is not None:
+        return found
     keep = torch.empty(rows, n, dtype=torch.bool, device=scores.device)
     step = max(1, _CHUNK // n)
     for start in range(0, rows, step):
@@ -115,7 +118,10 @@ def _resolve_ties(scores: Tensor, threshold: Tensor, dropped: int, out: Tensor) 
 
 
 def use_compiled(function: Callable[[Tensor, int], Tensor | None]) -> None:
-    """Let :func:`keep_by_comparing` ask compiled code first; None from it means that it has nothing for such rows."""
+    """Let :func:`keep_highest` and :func:`keep_by_comparing` ask compiled code first.
+
+    None from it means that it has nothing for such rows.
+    """
     global _compiled
     _compiled = function
 

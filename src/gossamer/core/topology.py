@@ -17,6 +17,7 @@ from gossamer.core import scores as score_functions
 from gossamer.core.masking import LazyScores
 from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import Pattern, Unstructured
+from gossamer.core.randomness import generator_for
 from gossamer.core.selection import Sparsity, dropped_count, keep_highest, keep_highest_jointly
 from gossamer.core.sparse_sites import MaskedWeight, Site, StoredNonzeros
 from gossamer.core.sparse_weight import SparseWeight
@@ -47,7 +48,7 @@ class Topology:
     def __init__(self, targets: Iterable[Target], optimizer: torch.optim.Optimizer, seed: int = 0):
         self.targets: dict[str, Target] = {target.name: target for target in targets}
         self.optimizer = optimizer
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator_for("sparse training", seed)
         self.step = 0
         self.history: list[tuple[int, int]] = []
         self._sites = self._find_sites()

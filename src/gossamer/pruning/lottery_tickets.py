@@ -8,20 +8,18 @@ part. :func:`mask_similarity` shows that layer by layer, next to what two unrela
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.core import scores
-from gossamer.core.masking import LazyScores, parameter_masks, static_masks
 from gossamer.core.masks import MaskSet
-from gossamer.core.selection import dropped_count, keep_highest_jointly
-from gossamer.core.targets import Target, find_targets
+from gossamer.core.rounds import Round, drop_lowest, prune_in_rounds
+from gossamer.core.selection import dropped_count
+from gossamer.core.targets import Target
 from gossamer.errors import SparsityError, check_sparsity
 
 _COMPONENTS = {
@@ -73,26 +71,22 @@ def iterative_magnitude_pruning(
         If training diverged; names the layer.
     """
     sparsities = _check_rounds(sparsities)
-    ticket = copy.deepcopy(model)
-    targets = find_targets(ticket, include, exclude, heads=heads)
-    alive = {target.name: torch.ones(target.shape, dtype=torch.bool) for target in targets}
-    total = sum(mask.numel() for mask in alive.values())
-    found: list[MaskSet] = []
-    with torch.random.fork_rng(list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        if rewind is not None:
-            rewind(ticket)
-        start = {name: value.clone() for name, value in ticket.state_dict().items()}
-        masks = parameter_masks(targets, alive)
-        for sparsity in sparsities:
-            torch.manual_seed(seed)
-            with static_masks(ticket, masks):
-                train(ticket, masks)
-            alive = keep_highest_jointly(LazyScores(targets, _survivors(alive)), dropped_count(total, sparsity))
-            masks = parameter_masks(targets, alive)
-            ticket.load_state_dict(start)
-            found.append(masks)
-    return found
+
+    def smallest(ended: Round) -> dict[str, Tensor]:
+        goal = dropped_count(ended.total, sparsities[ended.number])
+        return drop_lowest(ended.alive, ended.scores(_magnitude), goal - (ended.total - ended.remaining))
+
+    return prune_in_rounds(
+        model,
+        train,
+        smallest,
+        len(sparsities),
+        rewind=rewind,
+        seed=seed,
+        include=include,
+        exclude=exclude,
+        heads=heads,
+    )
 
 
 def _check_rounds(sparsities: Sequence[float]) -> list[float]:
@@ -102,14 +96,9 @@ def _check_rounds(sparsities: Sequence[float]) -> list[float]:
     return rounds
 
 
-def _survivors(alive: dict[str, Tensor]) -> Callable[[Target], Tensor]:
-    """Scores under which a removed weight goes before any zero that is alive."""
-
-    def score(target: Target) -> Tensor:
-        target.check_finite()
-        return scores.magnitude(target.matrix()).cpu().masked_fill(~alive[target.name], -1.0)
-
-    return score
+def _magnitude(target: Target) -> Tensor:
+    target.check_finite()
+    return scores.magnitude(target.matrix())
 
 
 def mask_similarity(a: MaskSet, b: MaskSet) -> list[dict[str, Any]]:

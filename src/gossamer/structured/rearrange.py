@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.channel_groups import ChannelGroup, find_channel_groups
 from gossamer.core.kernel_groups import KernelGroup
 from gossamer.core.progress import track
 from gossamer.core.selection import dropped_count
-from gossamer.structured.dependencies import ChannelGroup, find_channel_groups
 
 _TRIED = 8  # most promising exchanges of a channel that are evaluated exactly
 _PASSES = 20
