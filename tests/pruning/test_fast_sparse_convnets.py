@@ -32,14 +32,14 @@ def trained(model, run, optimizer, steps, first=0):
 def test_only_pointwise_convolutions_are_pruned_and_the_head_if_wanted():
     names = [target.name for target in FastSparseConvnets().targets(network())]
     assert names == ["4.weight", "6.weight", "8.weight"]
-    assert [target.name for target in FastSparseConvnets(head=True).targets(network())][-1] == "11.weight"
+    assert [target.name for target in FastSparseConvnets(heads=True).targets(network())][-1] == "11.weight"
     assert [target.name for target in FastSparseConvnets(exclude=("6",)).targets(network())] == ["4.weight", "8.weight"]
     with pytest.raises(TargetError, match="no 1 × 1 convolution"):
         FastSparseConvnets().targets(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)))
 
 
 def test_late_layers_share_zeros_among_neighbours():
-    method = FastSparseConvnets(0.75, late_layers=2, late_block=4, head=True)
+    method = FastSparseConvnets(sparsity=0.75, late_layers=2, late_block=4, heads=True)
     masks = method.masks(network())
     assert {name: pattern.size for name, pattern in method.patterns(network()).items()} == {
         "4.weight": 1,
@@ -63,13 +63,13 @@ def test_more_late_layers_than_there_are_means_all():
 
 def test_the_largest_weights_stay():
     model = network()
-    mask = FastSparseConvnets(0.5).masks(model)["6.weight"]
+    mask = FastSparseConvnets(sparsity=0.5).masks(model)["6.weight"]
     weight = model[6].weight.detach().abs()
     assert float(weight[mask].min()) >= float(weight[~mask].max())
 
 
 def test_zeros_grow_along_the_cubic_schedule_and_stay():
-    method = FastSparseConvnets(0.9, begin=4, end=16, every=4)
+    method = FastSparseConvnets(sparsity=0.9, begin=4, end=16, every=4)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     run, zeros = method.attach(model, optimizer), []
@@ -86,7 +86,7 @@ def test_zeros_grow_along_the_cubic_schedule_and_stay():
 
 
 def test_a_run_that_stops_and_goes_on_ends_the_same():
-    method = FastSparseConvnets(0.8, end=12, every=3)
+    method = FastSparseConvnets(sparsity=0.8, end=12, every=3)
     whole = network()
     optimizer = torch.optim.SGD(whole.parameters(), 0.05, momentum=0.9)
     trained(whole, method.attach(whole, optimizer), optimizer, 16).finalize()
@@ -121,4 +121,4 @@ def test_it_is_known_by_name_and_checks_its_parameters():
         with pytest.raises(PatternError, match="groups of"):
             FastSparseConvnets(**options)
     with pytest.raises(SparsityError):
-        FastSparseConvnets(1.0)
+        FastSparseConvnets(sparsity=1.0)

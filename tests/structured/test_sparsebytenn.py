@@ -192,12 +192,13 @@ def test_channels_are_ordered_by_what_inputs_carry_and_outputs_stay():
         return sum(float(scores[name][masks[name].flatten(2).any(2)].sum()) for name in scores)
 
     before = kept()
-    run = method.attach(model, torch.optim.SGD(model.parameters(), 0.1), images)
+    run = method.attach(model, torch.optim.SGD(model.parameters(), 0.1), calibration=images)
     assert run.rearranged
     assert torch.allclose(model.eval()(x), wanted, atol=1e-5)
     norms = dict(run.method.norms)
     assert kept() > before
     assert all(torch.allclose(norms[name], method.norms[name], rtol=1e-4) for name in norms)
+    run.finalize()
     with pytest.raises(CalibrationError):
         method.attach(model, torch.optim.SGD(model.parameters(), 0.1))
 
@@ -207,14 +208,14 @@ def test_in_a_global_competition_the_weakest_units_of_all_layers_go():
     with torch.no_grad():
         model[4].weight.abs_().add_(1)  # the 1 × 1 convolution is far stronger than the 3 × 3 one
         model[7].weight.clamp_(-0.01, 0.01)
-    method = SparseByteNN(0.5, group=16, allocation="global", floor=0.25)
+    method = SparseByteNN(sparsity=0.5, group=16, allocation="global", floor=0.25)
     masks = method.masks(model)
     gone = {name: float((~mask).double().mean()) for name, mask in masks.items()}
     assert gone["7.weight"] == pytest.approx(0.5, abs=0.05)  # it holds nearly all weights
     assert gone["4.weight"] == 0
     assert masks.sparsity == pytest.approx(0.5, abs=0.02)
-    strong = SparseByteNN(0.75, group=16, allocation="global", floor=0.25).masks(model)
+    strong = SparseByteNN(sparsity=0.75, group=16, allocation="global", floor=0.25).masks(model)
     assert float((~strong["7.weight"]).double().mean()) == pytest.approx(0.75, abs=0.02)
     for options in ({"allocation": "best"}, {"allocation": "global", "floor": 0.6}):
         with pytest.raises(ConfigurationError):
-            SparseByteNN(0.5, **options)
+            SparseByteNN(sparsity=0.5, **options)

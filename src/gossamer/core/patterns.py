@@ -16,6 +16,7 @@ text                  object                                             zeros
 ``rows``              ``Channels(0)``                                    whole output channels
 ``columns``           ``Channels(1)``                                    whole input channels
 ``kernels:16``        ``KernelGroup(16)``                                kernels, for 16 outputs at once
+``kernel-rows``       ``KernelRows()``                                   rows of kernels
 ====================  =================================================  ==========================
 """
 
@@ -143,6 +144,10 @@ class Pattern(ABC):
             from gossamer.core.kernel_groups import KernelGroup
 
             return KernelGroup(int(match[1]))
+        if text == "kernel-rows":
+            from gossamer.core.kernel_groups import KernelRows
+
+            return KernelRows()
         kind, _, scope = text.partition(":")
         if kind == "unstructured":
             return Unstructured(_scope(scope or "layer"))
@@ -156,6 +161,7 @@ class Pattern(ABC):
             "rows",
             "columns",
             "kernels:16",
+            "kernel-rows",
         ]
         raise UnknownNameError("pattern", text, known)
 

@@ -48,7 +48,7 @@ class SparseTraining(Topology):
         state: Mapping[str, Any] | None = None,
     ):
         targets = method.targets(model)
-        _check(targets, optimizer)
+        check_free(targets, optimizer)
         super().__init__(targets, optimizer, method.seed)
         self.method, self.model = method, model
         self.extra: dict[str, Any] = {}
@@ -183,7 +183,14 @@ class SparseTraining(Topology):
             _FOLLOWED.pop(site.parameter, None)
 
 
-def _check(targets: Iterable[Target], optimizer: torch.optim.Optimizer) -> None:
+def check_free(targets: Iterable[Target], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse weights that a method cannot follow.
+
+    Raises
+    ------
+    ConfigurationError
+        If one is frozen, not in the optimiser, or already followed.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for target in targets:
         name, parameter = target.name, target.parameter

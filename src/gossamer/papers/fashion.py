@@ -15,14 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.gradual import GradualPruning
 from gossamer.core.masks import MaskSet
+from gossamer.core.sparsifier import Sparsifier
 from gossamer.errors import CheckpointError, ModelError
 from gossamer.models.packages import cache_directory, cached_folder, scratch_folder
 from gossamer.papers.digits import SIDE, Digits
@@ -88,13 +87,6 @@ def _read(archive: Path) -> np.ndarray:
     return np.concatenate(kinds)
 
 
-class GradualTraining(Protocol):
-    """A method that prunes while a network trains."""
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> GradualPruning:
-        """Begin; what comes back is asked for the masks at the end."""
-
-
 @dataclass(frozen=True)
 class FashionTask:
     """Telling clothes apart.
@@ -120,7 +112,7 @@ class FashionTask:
         return cls(training, judged, batch, learning_rate)
 
     def train(
-        self, model: nn.Module, steps: int, method: GradualTraining | None = None, teacher: nn.Module | None = None
+        self, model: nn.Module, steps: int, method: Sparsifier | None = None, teacher: nn.Module | None = None
     ) -> MaskSet | None:
         """Train in place on images drawn by torch's generator, under a method that prunes meanwhile.
 

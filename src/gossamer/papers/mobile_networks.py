@@ -25,6 +25,8 @@ MOBILENET_V2 = (
     *((1, 1, 1, 16), (2, 2, 6, 24), (3, 2, 6, 32), (4, 2, 6, 64)),
     *((3, 1, 6, 96), (3, 2, 6, 160), (1, 1, 6, 320)),
 )
+#: bytes of the nearest cache, and adjacent positions that a kernel works on at a time, of the phones of 2019
+L1_BYTES, STRIP = 32 << 10, 16
 #: output channels and stride of gated inverted blocks, for small images
 GATED = ((24, 2), (40, 1), (40, 1), (80, 2), (80, 1))
 #: repeats, kernel, stride, expansion, output channels
@@ -107,7 +109,7 @@ def mobilenet_v2(
 ) -> nn.Sequential:
     """Stem, inverted blocks without gates, a last 1 × 1 convolution that narrow networks do not narrow, classifier.
 
-    The cache-aware network of Elsen et al., 2020, arXiv 1911.09723, is a plan with smaller expansions.
+    The cache-aware network of Elsen et al., 2020, arXiv 1911.09723, is a plan of :func:`cache_aware`.
     """
     before = _round(32 * width)
     layers = [*_normalised(nn.Conv2d(colours, before, 3, 2, 1, bias=False)), nn.ReLU6()]
@@ -119,6 +121,49 @@ def mobilenet_v2(
     final = max(last, _round(last * width))
     layers += [*_normalised(nn.Conv2d(before, final, 1, bias=False)), nn.ReLU6()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(final, classes))
+
+
+def cache_aware(
+    plan: Sequence[tuple[int, int, int, int]] = MOBILENET_V2,
+    width: float = 1.0,
+    cache: int = L1_BYTES,
+    positions: int = STRIP,
+) -> tuple[tuple[int, int, int, int], ...]:
+    """Make blocks of a plan narrower inside, so that what a 1 × 1 convolution reads stays in a cache, and more of them.
+
+    A sparse kernel reads the inputs of a strip of positions again for every output channel, in no order: they should
+    stay in the nearest cache, which bounds the channels inside a block. What is saved goes into depth: a stage of
+    several blocks gets as many more as cost what it has cost before. Elsen et al., 2020, arXiv 1911.09723, redesign
+    MobileNet v2 so; their layers are not given in numbers, and this rule is a reconstruction.
+
+    Parameters
+    ----------
+    plan
+        Repeats, stride, expansion and output channels of each stage.
+    width
+        Of the network that is made from it.
+    cache
+        Bytes.
+    positions
+        Of a strip, in float32.
+
+    Returns
+    -------
+    tuple
+        Such a plan again; a stage that fits stays as it is.
+    """
+    most, before, found = cache // (4 * positions), _round(32 * width), []
+    for repeats, stride, expansion, channels in plan:
+        after = _round(channels * width)
+        widest = max(before, after) if repeats > 1 else before  # blocks behind the first expand what the stage puts out
+        smaller = min(expansion, max(1, most // widest))
+        # weights of the 1 × 1 convolutions of the first block, and of each one behind it, by expansion
+        first, other = before * (before + after), 2 * after * after
+        spent = expansion * (first + (repeats - 1) * other)
+        more = 1 + round((spent / smaller - first) / other) if repeats > 1 else 1
+        found.append((more, stride, smaller, channels))
+        before = after
+    return tuple(found)
 
 
 def inverted_network(width: float = 1.0, colours: int = 1, classes: int = 10) -> nn.Sequential:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from gossamer.core.gradual import GradualPruning, check_steps
+from gossamer.core.gradual import GradualPruning
 from gossamer.core.kernel_groups import KernelGroup
 from gossamer.core.masks import MaskSet
 from gossamer.core.registry import register
@@ -22,14 +21,14 @@ from gossamer.errors import ConfigurationError, TargetError
 
 
 @register("fast-sparse-convnets", paper="fast-sparse-convnets", when="during training", needs_data=False)
-@dataclass
-class FastSparseConvnets:
+@dataclass(kw_only=True)
+class FastSparseConvnets(GradualPruning):
     """Prune the 1 × 1 convolutions of a mobile network gradually while it trains.
 
     Elsen, Dukhan, Gale & Simonyan, 2020, "Fast Sparse ConvNets", arXiv 1911.09723. The networks that they published:
     MobileNet v1 with 90 % zeros and blocks of four in its last block (``late_layers=1, late_block=4``), MobileNet v2
     with 85 % and blocks of two from its eleventh block on (``late_layers=13, late_block=2``), EfficientNet with 80 to
-    85 %, blocks of one and a sparse classifier (``head=True``). The first convolution and depthwise ones stay dense.
+    85 %, blocks of one and a sparse classifier (``heads=True``). The first convolution and depthwise ones stay dense.
 
     Parameters
     ----------
@@ -39,7 +38,7 @@ class FastSparseConvnets:
         Adjacent output channels that share their zeros: 1 (zeros anywhere), 2, 4, 8 or 16.
     late_layers, late_block
         How many of the last 1 × 1 convolutions use another block, and which; by default none.
-    head
+    heads
         Whether the last linear layer is pruned too, with zeros anywhere.
     begin, end
         Steps at which pruning starts, and reaches the sparsity, along a cubic schedule.
@@ -60,14 +59,9 @@ class FastSparseConvnets:
     block: int = 1
     late_layers: int = 0
     late_block: int = 4
-    head: bool = False
-    begin: int = 0
-    end: int = 1000
-    every: int = 10
-    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_steps(self)
+        super().__post_init__()
         KernelGroup(self.block)
         KernelGroup(self.late_block)
         if self.late_layers < 0:
@@ -81,11 +75,11 @@ class FastSparseConvnets:
         TargetError
             If there are none.
         """
-        found = find_targets(model, exclude=self.exclude, heads=self.head)
+        found = find_targets(model, self.include, self.exclude, heads=self.heads)
         chosen = [each for each in found if _pointwise(each.module)]
         if not chosen:
             raise TargetError(f"the model has no 1 × 1 convolution to prune; its layers are {', '.join(_names(found))}")
-        if self.head and isinstance(found[-1].module, nn.Linear):
+        if self.heads and isinstance(found[-1].module, nn.Linear):
             chosen.append(found[-1])
         return chosen
 
@@ -106,16 +100,6 @@ class FastSparseConvnets:
             scores = target.matrix().detach().float().abs()
             found[target.name] = patterns[target.name].select(scores, wanted, target.name).view(target.parameter.shape)
         return MaskSet(found)
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> GradualPruning:
-        """Prune a little after every few steps of the optimiser.
-
-        Raises
-        ------
-        TargetError
-            If the model has no 1 × 1 convolution.
-        """
-        return GradualPruning(self, model, optimizer)
 
 
 def _pointwise(module: nn.Module) -> bool:
