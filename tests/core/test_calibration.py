@@ -124,6 +124,24 @@ def test_layers_with_one_input_share_one_accumulator(mode):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_layers_that_read_one_input_differently_do_not_share():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.point, self.wide = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.point(x) + self.wide(x)
+
+    model, x = Branches(), torch.randn(2, 3, 5, 5)
+    with observe(find_targets(model, heads=True), [InputNorm]) as seen, torch.no_grad():
+        model(x)
+    assert seen["point.weight"] is not seen["wide.weight"]
+    for name, layer in (("point.weight", model.point), ("wide.weight", model.wide)):
+        rows = nn.functional.unfold(x, layer.kernel_size, padding=layer.padding).transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(seen[name][InputNorm].norm, rows.double().norm(dim=0))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -93,6 +93,11 @@ def unfold_input(target: Target, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
+def _reading(target: Target) -> tuple[Any, ...]:
+    """How a layer goes over its input: what makes the same tensor other rows for another layer."""
+    return tuple(getattr(target.module, name, None) for name in ("kernel_size", "dilation", "padding", "stride"))
+
+
 class _Conv2dShape:
     """A one-dimensional convolution seen as a two-dimensional one of height 1."""
 
@@ -134,7 +139,7 @@ class Observation(Mapping[str, Statistics]):
     def __init__(self) -> None:
         self._statistics: dict[str, Statistics] = {}
         self._leader: dict[str, str] = {}
-        self._last: tuple[Tensor, int, str] | None = None
+        self._last: tuple[Tensor, int, tuple[Any, ...], str] | None = None
         self.seconds = 0.0
         """Spent on the statistics themselves, apart from running the model."""
 
@@ -148,16 +153,18 @@ class Observation(Mapping[str, Statistics]):
         return len(self._statistics)
 
     def receive(self, target: Target, inputs: Tensor, create: Callable[[], Statistics]) -> None:
-        """Take the input of one call of one layer, unless a layer before it has just received the very same tensor."""
-        same = self._last is not None and self._last[0] is inputs and self._last[1] == _version(inputs)
-        leader = self._last[2] if same and self._last is not None else target.name
+        """Take the input of one call of one layer, unless one that reads it alike has just received the very tensor."""
+        reading = _reading(target)
+        leader = target.name
+        if self._last is not None and self._last[0] is inputs and self._last[1:3] == (_version(inputs), reading):
+            leader = self._last[3]
         if self._leader.setdefault(target.name, leader) != leader:
             raise ModelError(f"{target.name} shares its input with other layers in some calls and not in others")
         if leader != target.name:
             self._statistics[target.name] = self._statistics[leader]
             return
         # holding the tensor keeps its identity from being reused by another one
-        self._last = (inputs, _version(inputs), target.name)
+        self._last = (inputs, _version(inputs), reading, target.name)
         if target.name not in self._statistics:
             self._statistics[target.name] = create()
         started = time.perf_counter()
