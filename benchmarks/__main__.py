@@ -8,6 +8,8 @@ from benchmarks import (
     pruning_selection,
     pruning_walk,
     threads,
+    training_kernels,
+    training_step,
 )
 from benchmarks.harness import main
 
@@ -16,6 +18,8 @@ BENCHMARKS = (
     kernels_groups,
     kernels_convolution,
     threads,
+    training_kernels,
+    training_step,
     pruning_selection,
     pruning_walk,
     pruning_memory,

@@ -1,12 +1,17 @@
 """Convolutions with sparse weights against torch's dense ones (oneDNN), on the shapes of MobileNet v1 and v2 at 224².
 
 The limit of a row is the longer of two times: to read the input and write the output once at the measured bandwidth,
-and to multiply what is stored at the measured rate.
+and to multiply what is stored at the measured rate. On the shapes of MobileNet v1 there are also one thread, other
+libraries that multiply sparse matrices, and weights in two bytes and in one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +19,10 @@ from torch import Tensor, nn
 from benchmarks.harness import Options, Row, compare, main
 from gossamer.core.kernel_groups import KernelGroup
 from gossamer.core.patterns import Block
-from gossamer.kernels.convolution import BlockedKernels, Window
+from gossamer.kernels.convolution import BlockedKernels
+from gossamer.kernels.convolution_bytes import ByteKernels
 from gossamer.kernels.depthwise import depthwise
+from gossamer.kernels.images import Window
 from gossamer.measure import interleave, peak_flops, read_bandwidth
 
 #: input channels, output channels, height = width
@@ -47,33 +54,39 @@ _ALIVE = 3
 
 
 def measure(options: Options) -> list[Row]:
-    """Single channels and blocks of 2 and 4 on every shape, groups of 16 on those of MobileNet v1, 3 × 3, depthwise."""
-    bandwidth, rate = read_bandwidth(), peak_flops()
-    rounds = 3 if options.quick else 15
+    """All comparisons, in the order of the module's text."""
+    machine = _Machine(read_bandwidth(), peak_flops(), 3 if options.quick else 15)
     pointwise = [(256, 256, 14)] if options.quick else [*V1, *V2]
+    larger = [(64, 64, 28)] if options.quick else [(64, 64, 56), (128, 128, 28), (256, 256, 14)]
+    first = pointwise[: len(V1)]
     rows = []
-    for inputs, outputs, side in pointwise:
-        x = torch.randn(1, inputs, side, side)
-        dense = _Peer(x, outputs, 1)
-        for sparsity in SPARSITIES:
-            for block in BLOCKS:
-                weight = _pruned(dense.weight, block, sparsity)
-                rows.append(_row(x, weight, block, sparsity, dense, bandwidth, rate, BARS.get(sparsity, 1.0), rounds))
-    for inputs, outputs, side in pointwise[: len(V1)]:
-        x = torch.randn(1, inputs, side, side)
-        dense = _Peer(x, outputs, 1)
-        for sparsity in GROUPED:
-            weight = _pruned(dense.weight, 16, sparsity)
-            bar = GROUP_BARS.get(sparsity, 1.0)
-            rows.append(_row(x, weight, 16, sparsity, dense, bandwidth, rate, bar, rounds))
-    for inputs, outputs, side in [(64, 64, 28)] if options.quick else [(64, 64, 56), (128, 128, 28), (256, 256, 14)]:
-        x = torch.randn(1, inputs, side, side)
-        dense = _Peer(x, outputs, 3)
-        for sparsity in GROUPED:
-            weight = _pruned(dense.weight, 16, sparsity)
-            rows.append(_row(x, weight, 16, sparsity, dense, bandwidth, rate, 1.0, rounds))
-    rows += [_depthwise_row(*case, bandwidth, rounds) for case in DEPTHWISE[: 1 if options.quick else None]]
-    return rows
+    for case in pointwise:
+        rows += _rows(machine, case, 1, [(s, block, BARS.get(s, 1.0)) for s in SPARSITIES for block in BLOCKS])
+    for case in first:
+        rows += _rows(machine, case, 1, [(s, 16, GROUP_BARS.get(s, 1.0)) for s in GROUPED])
+    for case in larger:
+        rows += _rows(machine, case, 3, [(s, 16, 1.0) for s in GROUPED])
+    for case in first:
+        for kind in ("float16", "int8"):
+            rows += _rows(machine, case, 1, [(0.5, 16, 1.0), (0.8, 4, 1.0)], kind)
+    rows += [row for case in first for row in _library_rows(machine, *case)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for case in first if threads > 1 else []:
+            rows += _rows(machine, case, 1, [(0.8, 1, BARS[0.8]), (0.9, 1, BARS[0.9]), (0.9, 4, BARS[0.9])])
+    finally:
+        torch.set_num_threads(threads)
+    return rows + [_depthwise_row(*case, machine) for case in DEPTHWISE[: 1 if options.quick else None]]
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Bytes and operations a second, and how often both sides are measured."""
+
+    bandwidth: float
+    rate: float
+    rounds: int
 
 
 class _Peer:
@@ -104,42 +117,72 @@ def _pruned(weight: Tensor, block: int, sparsity: float) -> Tensor:
     return weight * pattern.select(torch.rand_like(weight), sparsity)
 
 
-def _row(
-    x: Tensor,
-    weight: Tensor,
-    block: int,
-    sparsity: float,
-    dense: _Peer,
-    bandwidth: float,
-    rate: float,
-    bar: float,
-    rounds: int,
-) -> Row:
-    kernels = BlockedKernels.from_dense(weight, block)
-    window = Window(padding=(dense.padding, dense.padding))
-    outputs, inputs, size = weight.shape[0], weight.shape[1], weight.shape[2]
-    side = x.shape[2]
-    moved = 4 * (inputs + outputs) * side * side + kernels.nbytes
-    limit = max(moved / bandwidth, 2 * kernels.values.numel() * side * side / rate)
-    case = f"{inputs} → {outputs}, {size} × {size} at {side}², {sparsity:.0%} zero, blocks of {block}"
-    ours = _kept(lambda: kernels.convolve(x, window=window))
-    return compare("sparse convolution", case, ours, dense.name, _kept(dense), bar, limit, rounds)
+def _rows(
+    machine: _Machine,
+    case: tuple[int, int, int],
+    size: int,
+    prunings: list[tuple[float, int, float]],
+    kind: str = "float32",
+) -> list[Row]:
+    """One shape with kernels of one size, by sparsity, block and bar; `kind` is what weights are stored as."""
+    inputs, outputs, side = case
+    x = torch.randn(1, inputs, side, side)
+    dense = _Peer(x, outputs, size)
+    window, threads = Window(padding=(dense.padding, dense.padding)), torch.get_num_threads()
+    rows = []
+    for sparsity, block, bar in prunings:
+        weight = _pruned(dense.weight, block, sparsity)
+        kernels: BlockedKernels | ByteKernels
+        if kind == "int8":
+            kernels = ByteKernels.from_dense(weight, block)
+        else:
+            kernels = BlockedKernels.from_dense(weight, block, dtype=getattr(torch, kind))
+        moved = 4 * (inputs + outputs) * side * side + kernels.nbytes
+        products = 2 * kernels.kept * kernels.block * size * size * side * side
+        limit = max(moved / machine.bandwidth, 0.0 if kind == "int8" else products / machine.rate)
+        named = f"{inputs} → {outputs}, {size} × {size} at {side}², {sparsity:.0%} zero, blocks of {block}"
+        named += (f", {kind}" if kind != "float32" else "") + (", 1 thread" if threads == 1 else "")
+        ours = _kept(partial(kernels.convolve, x, window=window))
+        rows.append(compare("sparse convolution", named, ours, dense.name, _kept(dense), bar, limit, machine.rounds))
+    return rows
 
 
-def _depthwise_row(channels: int, side: int, stride: int, bandwidth: float, rounds: int) -> Row:
+def _library_rows(machine: _Machine, inputs: int, outputs: int, side: int) -> list[Row]:
+    """Against products of compressed sparse rows with the image as a matrix; what is not installed is left out."""
+    x, rows = torch.randn(1, inputs, side, side), []
+    weight = _pruned(torch.randn(outputs, inputs, 1, 1), 1, 0.9)
+    kernels = BlockedKernels.from_dense(weight)
+    ours, matrix, columns = _kept(partial(kernels.convolve, x)), weight[:, :, 0, 0], x.view(inputs, -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its sparse rows are in beta
+        peers: dict[str, Callable[[], object]] = {
+            "torch.sparse, CSR": partial(torch.mm, matrix.to_sparse_csr(), columns)
+        }
+    if find_spec("scipy"):
+        from scipy.sparse import csr_array
+
+        peers["scipy, CSR"] = partial(csr_array(matrix.numpy()).dot, columns.numpy())
+    limit = (4 * (inputs + outputs) * side * side + kernels.nbytes) / machine.bandwidth
+    case = f"{inputs} → {outputs}, 1 × 1 at {side}², 90% zero, blocks of 1"
+    for name, peer in peers.items():
+        rows.append(compare("sparse convolution", case, ours, name, _kept(peer), 1.0, limit, machine.rounds))
+    return rows
+
+
+def _depthwise_row(channels: int, side: int, stride: int, machine: _Machine) -> Row:
     """Against torch in the same layout, since a network would have to convert from and to another."""
     x, weight = torch.randn(1, channels, side, side), torch.randn(channels, 1, 3, 3)
     window = Window((stride, stride), (1, 1))
-    limit = 4 * (x.numel() + x.numel() // stride**2) / bandwidth
+    limit = 4 * (x.numel() + x.numel() // stride**2) / machine.bandwidth
     case = f"{channels} channels, 3 × 3 at {side}², stride {stride}"
     ours = _kept(lambda: depthwise(x, weight, None, window))
     theirs = _kept(lambda: nn.functional.conv2d(x, weight, None, stride, 1, 1, channels))
-    return compare("depthwise convolution", case, ours, "torch, same layout", theirs, 1.0, limit, rounds)
+    return compare("depthwise convolution", case, ours, "torch, same layout", theirs, 1.0, limit, machine.rounds)
 
 
-def _kept(run: Callable[[], Tensor]) -> Callable[[], object]:
+def _kept(run: Callable[[], object]) -> Callable[[], object]:
     """Keep a few outputs alive, as a network does: memory that is given back at once has to be mapped again."""
-    kept: list[Tensor] = []
+    kept: list[object] = []
 
     def call() -> None:
         kept.append(run())

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Options, Row, compare, main
 from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GROUP, GroupMatrix
+from gossamer.kernels.nibbles import NibbleMatrix
 from gossamer.measure import read_bandwidth
 
 SHAPES = ((11008, 4096), (4096, 4096))
@@ -51,6 +52,13 @@ def torch_int4(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return packed, torch.rand(columns // _INT4_GROUP, rows, 2, dtype=torch.bfloat16)
 
 
+def random_nibbles(rows: int, columns: int, group: int = 32) -> NibbleMatrix:
+    """A dense matrix of 4.5 bits a weight, of random codes: their values cost nothing."""
+    panels = -(-rows // 16)
+    words = torch.randint(-(2**31), 2**31, (panels, columns // 8, 16), dtype=torch.int64).to(torch.int32)
+    return NibbleMatrix((rows, columns), words, torch.full((panels, columns // group, 16), 0.01).half(), None, group)
+
+
 def measure(options: Options) -> list[Row]:
     """One vector, all threads that torch uses."""
     shapes = ((512, 512),) if options.quick else SHAPES
@@ -69,6 +77,7 @@ def _against_dense(rows: int, columns: int, bandwidth: float, repeats: int) -> l
     ours = DenseMatrix.from_dense(dense)
     x = torch.randn(1, columns).bfloat16()
     packed, grids = torch_int4(rows, columns)
+    nibbles = random_nibbles(rows, columns)
     limit, case = matrix.nbytes / bandwidth, f"{rows} × {columns}, batch 1"
     wanted = torch.nn.functional.linear(x, dense).float()
     assert float((matrix.linear(x).float() - wanted).norm() / wanted.norm()) < 0.02
@@ -80,6 +89,7 @@ def _against_dense(rows: int, columns: int, bandwidth: float, repeats: int) -> l
             lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, _INT4_GROUP, grids),
             1.0,
         ),
+        ("NibbleMatrix (dense 4.5 bit, our own)", lambda: nibbles.linear(x), 1.15),
     ]
     return [
         compare("W4, half of the 1×16 groups", case, lambda: matrix.linear(x), peer, theirs, bar, limit, repeats)

@@ -63,7 +63,16 @@ def network(name, data):
 
 def method(name, data, **more):
     known = methods()[name].parameters
-    settings = {"sparsity": 0.6, "end": 18, "total": STEPS, "every": 3, "n_trials": 4, "data": data, **more}
+    settings = {
+        "sparsity": 0.6,
+        "end": 18,
+        "total": STEPS,
+        "every": 3,
+        "n_trials": 4,
+        "data": data,
+        "groups": 4,
+        **more,
+    }
     if name == "granet":
         settings["end"] = STEPS
     if known.get("growth") == "hebbian":

@@ -63,27 +63,29 @@ inline void put(const Strip& strip, std::int64_t channel, const Lanes (&sums)[Ve
 }
 
 // `Part` channels of a block of `Block` are summed at a time, as many as registers allow. `Taps` is 0 if kernels
-// are larger than 1 × 1. `Whole`: zeros are multiplied as well, since an input is infinite or NaN.
+// are larger than 1 × 1. `Whole`: zeros are multiplied as well, since an input is infinite or NaN; then `Block` is 0,
+// because that is rare and blocks of any size may share the code.
 template <int Block, int Part, int Vectors, int Taps, bool Whole>
 void convolve(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
   // additions to one sum wait for each other: eight sums keep two units busy
   constexpr int kWays = Whole || Part * Vectors >= 8 ? 1 : 8 / (Part * Vectors);
-  const int taps = Taps ? Taps : matrix.taps;
+  const int taps = Taps ? Taps : matrix.taps, size = Block ? Block : matrix.block;
   const std::int64_t stride = strip.stride;
   const std::int64_t* offsets = strip.taps;
   const std::int32_t* places = matrix.places;
+  const std::int64_t skipped = matrix.skipped;
   const Lanes low = spread(matrix.low), high = spread(matrix.high);
   for (std::int64_t block = first; block < last; ++block)
-    for (int part = 0; part < Block; part += Part) {
+    for (int part = 0; part < size; part += Part) {
       Lanes sums[kWays][Part][Vectors];
       for (int way = 0; way < kWays; ++way)
         for (int c = 0; c < Part; ++c)
           for (int v = 0; v < Vectors; ++v)
-            sums[way][c][v] = way || !matrix.bias ? zero() : spread(matrix.bias[block * Block + part + c]);
+            sums[way][c][v] = way || !matrix.bias ? zero() : spread(matrix.bias[block * size + part + c]);
       const auto use = [&](std::int64_t kept, int way) {
         const float* inputs = strip.inputs + static_cast<std::int64_t>(places[kept]) * stride;
-        const float* weights = matrix.values + kept * taps * Block + part;
-        for (int tap = 0; tap < taps; ++tap, weights += Block) {
+        const float* weights = matrix.values + (kept - skipped) * taps * size + part;
+        for (int tap = 0; tap < taps; ++tap, weights += size) {
           const float* there = Taps == 1 ? inputs : inputs + offsets[tap];
           __asm__("" : "+r"(there));  // one address: with an index besides, load and product are not one operation
           Lanes x[Vectors];
@@ -116,9 +118,9 @@ void convolve(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t 
         for (int way = 0; way < half; ++way)
           for (int c = 0; c < Part; ++c)
             for (int v = 0; v < Vectors; ++v) sums[way][c][v] = add(sums[way][c][v], sums[way + half][c][v]);
-      for (int c = 0; c < Part && block * Block + part + c < matrix.outputs; ++c) {
+      for (int c = 0; c < Part && block * size + part + c < matrix.outputs; ++c) {
         for (int v = 0; v < Vectors; ++v) sums[0][c][v] = at_most(high, at_least(low, sums[0][c][v]));
-        put<Vectors>(strip, block * Block + part + c, sums[0][c]);
+        put<Vectors>(strip, block * size + part + c, sums[0][c]);
       }
     }
 }
@@ -139,30 +141,50 @@ constexpr int part_of(int block, int vectors) {
 template <int Block, int Vectors>
 void convolve_strip(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
   constexpr int kPart = part_of(Block, Vectors);
-  if (strip.whole) convolve<Block, 1, Vectors, 0, true>(matrix, first, last, strip);
+  if (strip.whole) convolve<0, 1, Vectors, 0, true>(matrix, first, last, strip);
   else if (matrix.taps == 1) convolve<Block, kPart, Vectors, 1, false>(matrix, first, last, strip);
   else convolve<Block, kPart, Vectors, 0, false>(matrix, first, last, strip);
 }
 
+// Strips of blocks of 8 and 16 have at most three vectors, those of 2 and 4 at most six.
 template <int Block>
 void convolve_width(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
-  switch (strip.vectors) {
-    case 1: return convolve_strip<Block, 1>(matrix, first, last, strip);
-    case 2: return convolve_strip<Block, 2>(matrix, first, last, strip);
-    case 3: return convolve_strip<Block, 3>(matrix, first, last, strip);
-    case 4: return convolve_strip<Block, 4>(matrix, first, last, strip);
-    case 6: return convolve_strip<Block, 6>(matrix, first, last, strip);
-    default: return convolve_strip<Block, 8>(matrix, first, last, strip);
+  if (strip.vectors == 1) return convolve_strip<Block, 1>(matrix, first, last, strip);
+  if (strip.vectors == 2) return convolve_strip<Block, 2>(matrix, first, last, strip);
+  if (Block > 4 || strip.vectors == 3) return convolve_strip<Block, 3>(matrix, first, last, strip);
+  if constexpr (Block <= 4) {
+    if (strip.vectors == 4) return convolve_strip<Block, 4>(matrix, first, last, strip);
+    if (Block > 1 || strip.vectors == 6) return convolve_strip<Block, 6>(matrix, first, last, strip);
+    if constexpr (Block == 1) convolve_strip<1, 8>(matrix, first, last, strip);
   }
 }
 
-void convolution(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
+void convolve_blocks(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
   switch (matrix.block) {
     case 1: return convolve_width<1>(matrix, first, last, strip);
     case 2: return convolve_width<2>(matrix, first, last, strip);
     case 4: return convolve_width<4>(matrix, first, last, strip);
     case 8: return convolve_width<8>(matrix, first, last, strip);
     default: return convolve_width<16>(matrix, first, last, strip);
+  }
+}
+
+void widen_halves(const std::uint16_t* source, float* target, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store(target + i, Float16::all(source, i));
+  for (; i < count; ++i) target[i] = half_to_float(source[i]);
+}
+
+// Weights in float16 become floats block by block, in the nearest cache: what is read from afar is half as much.
+void convolution(const ConvolutionBlocks& matrix, std::int64_t first, std::int64_t last, const Strip& strip) {
+  if (!matrix.halves) return convolve_blocks(matrix, first, last, strip);
+  ConvolutionBlocks wide = matrix;
+  wide.values = strip.weights;
+  const std::int64_t size = static_cast<std::int64_t>(matrix.taps) * matrix.block;
+  for (std::int64_t block = first; block < last; ++block) {
+    wide.skipped = matrix.starts[block];
+    widen_halves(matrix.halves + wide.skipped * size, strip.weights, (matrix.starts[block + 1] - wide.skipped) * size);
+    convolve_blocks(wide, block, block + 1, strip);
   }
 }
 
@@ -206,6 +228,65 @@ bool gather(const float* source, std::int64_t stride, float* target, std::int64_
     for (; i < length; ++i) {
       target[i] = source[i];
       rest += 0.0f * source[i];
+    }
+  }
+  return sum(total) + rest == 0.0f;
+}
+
+// Up to sixteen floats, and nothing beside them; `copy_second` takes every other one. Both return zeros, or NaN for what
+// is not finite.
+#if defined(__AVX512F__)
+inline Lanes copy_first(const float* source, float* target, int count) {
+  const auto mask = static_cast<__mmask16>((1u << count) - 1);
+  const Lanes found{_mm512_maskz_loadu_ps(mask, source)};
+  _mm512_mask_storeu_ps(target, mask, found.r);
+  return multiply(zero(), found);
+}
+inline Lanes copy_second(const float* source, float* target, int count) {
+  const auto low = static_cast<__mmask16>(count > 8 ? 0xffffu : (1u << (2 * count - 1)) - 1);
+  const auto high = static_cast<__mmask16>(count > 8 ? (1u << (2 * count - 17)) - 1 : 0u);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Lanes found{_mm512_permutex2var_ps(_mm512_maskz_loadu_ps(low, source), even,
+                                           _mm512_maskz_loadu_ps(high, source + 16))};
+  _mm512_mask_storeu_ps(target, static_cast<__mmask16>((1u << count) - 1), found.r);
+  return multiply(zero(), found);
+}
+#else
+inline Lanes copy_first(const float* source, float* target, int count) {
+  float total = 0.0f;
+  for (int i = 0; i < count; ++i) total += 0.0f * (target[i] = source[i]);
+  return spread(total);
+}
+inline Lanes copy_second(const float* source, float* target, int count) {
+  float total = 0.0f;
+  for (int i = 0; i < count; ++i) total += 0.0f * (target[i] = source[2 * i]);
+  return spread(total);
+}
+#endif
+
+// Copy short rows: `from` of a run is its place in the source, where its values are `step` apart; false if one of them
+// is infinite or NaN.
+bool copy_runs(const Run* runs, std::int64_t count, std::int64_t step, const float* source, float* target) {
+  Lanes total = zero();
+  float rest = 0.0f;
+  for (const Run* run = runs; run < runs + count; ++run) {
+    const float* from = source + run->from;
+    float* to = target + run->to;
+    std::int64_t i = 0;
+    if (step == 1) {
+      for (; i + 16 <= run->length; i += 16) {
+        const Lanes x = load(from + i);
+        store(to + i, x);
+        total = multiply_add(zero(), x, total);
+      }
+      if (i < run->length) total = add(total, copy_first(from + i, to + i, static_cast<int>(run->length - i)));
+    } else if (step == 2) {
+      for (; i < run->length; i += 16) {
+        const std::int64_t left = run->length - i;
+        total = add(total, copy_second(from + 2 * i, to + i, static_cast<int>(left < 16 ? left : 16)));
+      }
+    } else {
+      for (; i < run->length; ++i) rest += 0.0f * (to[i] = from[step * i]);
     }
   }
   return sum(total) + rest == 0.0f;

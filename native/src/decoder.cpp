@@ -15,7 +15,7 @@
 namespace gossamer {
 namespace {
 
-constexpr int kTile = 32;                    // tokens of a prompt that go through the layers together
+constexpr int kPromptTile = 32;              // tokens of a prompt that go through the layers together
 constexpr std::int64_t kRowsAtOnce = 32768;  // weights that several tokens use while they are in the cache
 constexpr std::int64_t kPanel = 16;          // rows that are computed side by side
 constexpr int kNote = 16;                    // floats behind each partial result of attention: maximum and sum
@@ -53,12 +53,14 @@ std::vector<std::int64_t> cuts(const Matrix& matrix, int parts) {
   std::vector<std::int64_t> found(static_cast<std::size_t>(parts) + 1, 0);
   const std::int64_t* starts = matrix.starts();
   const std::int64_t overhead = matrix.kind == Matrix::Kind::bitmask ? matrix.columns / 16 : 1;
+  const std::int64_t band = matrix.band(), bands = (matrix.rows + band - 1) / band;
+  std::int64_t next = 0;
   for (int part = 1; part <= parts; ++part) {
     std::int64_t row = share(matrix.rows, part, parts);
     if (starts && part < parts) {
-      const std::int64_t all = starts[matrix.rows] - starts[0] + matrix.rows * overhead;
-      row = found[static_cast<std::size_t>(part) - 1];
-      while (row < matrix.rows && starts[row] - starts[0] + row * overhead < share(all, part, parts)) ++row;
+      const std::int64_t all = starts[bands] - starts[0] + bands * overhead;
+      while (next < bands && starts[next] - starts[0] + next * overhead < share(all, part, parts)) ++next;
+      row = std::min(next * band, matrix.rows);
     }
     if (matrix.kind == Matrix::Kind::nibbles && part < parts) row = row / kPanel * kPanel;
     found[static_cast<std::size_t>(part)] = row;
@@ -69,7 +71,12 @@ std::vector<std::int64_t> cuts(const Matrix& matrix, int parts) {
 }  // namespace
 
 const std::int64_t* Matrix::starts() const {
-  return kind == Kind::bitmask ? bitmask.starts : kind == Kind::groups ? groups.starts : nullptr;
+  switch (kind) {
+    case Kind::bitmask: return bitmask.starts;
+    case Kind::groups: return groups.starts;
+    case Kind::blocks: return blocks.starts;
+    default: return nullptr;
+  }
 }
 
 void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
@@ -80,6 +87,7 @@ void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t l
     case Kind::bitmask: kernels.bitmask(bitmask, first, last, inputs, outputs); break;
     case Kind::groups: kernels.groups(groups, first, last, inputs, outputs); break;
     case Kind::nibbles: kernels.steps.nibbles(nibbles, first, last, inputs, outputs); break;
+    case Kind::blocks: kernels.blocks.few(blocks, first, last, inputs, outputs); break;
   }
   if (!bias) return;
   for (int b = 0; b < inputs.count; ++b) kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
@@ -106,6 +114,7 @@ void Matrix::expand_row(const Kernels& kernels, std::int64_t row, float* target)
     case Kind::bitmask: return kernels.expand_bitmask(bitmask, row, row + 1, target, columns);
     case Kind::groups: return kernels.expand_groups(groups, row, row + 1, target, columns);
     case Kind::nibbles: return kernels.steps.expand_nibbles(nibbles, row, row + 1, target, columns);
+    case Kind::blocks: return kernels.blocks.expand(blocks, row, row + 1, target, columns);
   }
 }
 
@@ -148,7 +157,7 @@ class Decoder::Run {
         item_(cache.value == Value::float32 ? 4 : 2),
         wide_(padded(decoder.hidden_)),
         best_(static_cast<std::size_t>(request.threads), {-1, 0.0f}) {
-    const std::int64_t tile = std::min(request.count, kTile), widest = decoder.widest_;
+    const std::int64_t tile = std::min(request.count, kPromptTile), widest = decoder.widest_;
     const std::int64_t spans = (request.position + request.count + kSpan - 1) / kSpan;
     std::int64_t partial = 0;
     for (const Layer& layer : decoder.layers_)
@@ -172,8 +181,8 @@ class Decoder::Run {
   void work(int member, int members) {
     const auto begin = std::chrono::steady_clock::now();
     if (member == 0) before_ = begin;
-    for (int first = 0; first < request_.count; first += kTile) {
-      const Member self{member, members, std::min(kTile, request_.count - first), first, request_.position + first};
+    for (int first = 0; first < request_.count; first += kPromptTile) {
+      const Member self{member, members, std::min(kPromptTile, request_.count - first), first, request_.position + first};
       embed(self);
       unsigned char* memory = cache_.memory;
       for (std::size_t i = 0; i < decoder_.layers_.size(); ++i) {

@@ -15,7 +15,7 @@ namespace gossamer {
 
 // A weight in one of the storages that there are kernels for.
 struct Matrix {
-  enum class Kind : int { none = 0, dense = 1, bitmask = 2, groups = 3, nibbles = 4 };
+  enum class Kind : int { none = 0, dense = 1, bitmask = 2, groups = 3, nibbles = 4, blocks = 5 };
 
   Kind kind = Kind::none;
   std::int64_t rows = 0;
@@ -25,9 +25,12 @@ struct Matrix {
   BitmaskRows bitmask{};
   GroupRows groups{};
   NibbleRows nibbles{};
+  BlockRows blocks{};
 
   explicit operator bool() const { return kind != Kind::none; }
-  const std::int64_t* starts() const;  // where the stored values of each row begin; null if all rows are alike
+  // where the stored values of each row, or band of rows, begin; null if all rows are alike
+  const std::int64_t* starts() const;
+  std::int64_t band() const { return kind == Kind::blocks ? blocks.height : 1; }
   void multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
                 const Outputs& outputs) const;
   // The same with dense rows and without rounding.

@@ -49,6 +49,17 @@ Matrix matrix_of(nb::handle given) {
       matrix.nibbles = {matrix.columns, at<std::uint32_t>(parts[6]), at<std::uint16_t>(parts[7]),
                         at<std::uint16_t>(parts[8]), group};
       break;
+    case Matrix::Kind::blocks:  // whose group is the height of a block
+      matrix.blocks = {matrix.rows,
+                       matrix.columns,
+                       at<std::int64_t>(parts[6]),
+                       at<void>(parts[7]),
+                       at<void>(parts[8]),
+                       at<float>(parts[9]),
+                       static_cast<int>(group),
+                       matrix.columns > 65536,
+                       value};
+      break;
   }
   return matrix;
 }

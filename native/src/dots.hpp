@@ -101,6 +101,17 @@ constexpr std::int64_t kChunk = 4096;  // inputs that are rounded at a time
 // 32 inputs as scale · code for codes of −127 … 127, the largest being ±127; returns the scale, which is NaN if one of
 // the inputs is infinite or NaN.
 inline float round_inputs(const float* x, std::int8_t* codes) {
+  const float total = sum(add(load(x), load(x + 16)));
+#if defined(__AVX512F__)
+  const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
+  const float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+  const __m512 inverse = _mm512_set1_ps(most > 1e-30f ? 127.0f / most : 0.0f);
+  const auto round = [&](__m512 numbers) {
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(numbers, inverse)));
+  };
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), round(low));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), round(high));
+#else
   float most = 0.0f;
   for (int i = 0; i < kRounded; ++i) {
     const float size = x[i] < 0.0f ? -x[i] : x[i];
@@ -114,7 +125,7 @@ inline float round_inputs(const float* x, std::int8_t* codes) {
     __builtin_memcpy(&bits, &shifted, 4);
     codes[i] = static_cast<std::int8_t>(bits - 0x4b400000u);
   }
-  const float total = sum(add(load(x), load(x + 16)));
+#endif
   return most / 127.0f + (total - total);  // the difference is 0, or NaN
 }
 

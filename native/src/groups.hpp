@@ -48,13 +48,6 @@ inline float skipped(const GroupRows& matrix, std::int64_t row, const float* inp
   return sum(total);
 }
 
-inline bool all_finite(const float* inputs, std::int64_t columns) {
-  Lanes total = zero();
-  for (std::int64_t column = 0; column < columns; column += 16)
-    total = multiply_add(zero(), load(inputs + column), total);
-  return sum(total) == 0.0f;
-}
-
 template <int Count>
 void group_rows(const GroupRows& matrix, std::int64_t first, std::int64_t last, const float* inputs,
                 std::int64_t stride, float* outputs, std::int64_t output_stride) {
@@ -108,7 +101,7 @@ void group_rows(const GroupRows& matrix, std::int64_t first, std::int64_t last, 
 constexpr std::int64_t kMostRounded = 16384;  // columns; beyond them inputs are not rounded
 
 // The inputs of a vector, rounded, and for each sixteen of them their scale and the sum of what they have become. The
-// codes of sixteen lie as the nibbles of a word do: first those at 0, 4, 8, 12, then those at 1, 5, 9, 13, and so on.
+// codes of sixteen lie as the nibbles of a word do: first those of even numbers, then those of odd ones.
 struct RoundedGroups {
   struct About {
     float scale, total;
@@ -117,15 +110,14 @@ struct RoundedGroups {
   About about[kMostRounded / 16];
 
   void fill(const float* inputs, std::int64_t columns) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
     for (std::int64_t first = 0; first < columns; first += kRounded) {
-      std::int8_t plain[kRounded];
+      alignas(32) std::int8_t plain[kRounded];
       const float scale = round_inputs(inputs + first, plain);
       for (int half = 0; half < 2; ++half) {
-        std::int32_t total = 0;
-        for (int i = 0; i < 16; ++i) {
-          total += plain[16 * half + i];
-          codes[first + 16 * half + 4 * (i % 4) + i / 4] = plain[16 * half + i];
-        }
+        const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(plain + 16 * half));
+        _mm_store_si128(reinterpret_cast<__m128i*>(codes + first + 16 * half), _mm_shuffle_epi8(sixteen, order));
+        const std::int32_t total = _mm512_reduce_add_epi32(_mm512_cvtepi8_epi32(sixteen));
         about[first / 16 + half] = {scale, scale * static_cast<float>(total)};
       }
     }
@@ -153,27 +145,23 @@ struct CodeGrids {
   }
 
  private:
-  // Pair by pair: the gathers of many processors are slower since they were made safe.
+  // One by one, for the gathers of many processors are slower since they were made safe; and by loads that spread what
+  // they find, for the unit that moves numbers between lanes has enough to do.
   static void collect(const RoundedGroups::About* about, const std::uint16_t* places, __m512& scales, __m512& totals) {
-    __m512 halves[2];
-    for (int half = 0; half < 2; ++half) {
-      __m256 quarters[2];
-      for (int quarter = 0; quarter < 2; ++quarter) {
-        const std::uint16_t* four = places + 8 * half + 4 * quarter;
-        quarters[quarter] = _mm256_insertf128_ps(_mm256_castps128_ps256(two(about[four[0]], about[four[1]])),
-                                                 two(about[four[2]], about[four[3]]), 1);
-      }
-      halves[half] = _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_castps_pd(quarters[0])),
-                                                         _mm256_castps_pd(quarters[1]), 1));
-    }
+    const auto eight = [&](const std::uint16_t* from) {
+      const auto one = [&](int k) { return _mm_load_sd(reinterpret_cast<const double*>(about + from[k])); };
+      const auto four = [&](int k) {
+        __m256d found = _mm256_broadcastsd_pd(one(k));
+        found = _mm256_blend_pd(found, _mm256_broadcastsd_pd(one(k + 1)), 2);
+        found = _mm256_blend_pd(found, _mm256_broadcastsd_pd(one(k + 2)), 4);
+        return _mm256_blend_pd(found, _mm256_broadcastsd_pd(one(k + 3)), 8);
+      };
+      return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castpd256_pd512(four(0)), four(4), 1));
+    };
+    const __m512 low = eight(places), high = eight(places + 8);
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    scales = _mm512_permutex2var_ps(halves[0], even, halves[1]);
-    totals = _mm512_permutex2var_ps(halves[0], _mm512_add_epi32(even, _mm512_set1_epi32(1)), halves[1]);
-  }
-
-  static __m128 two(const RoundedGroups::About& a, const RoundedGroups::About& b) {
-    const auto as_double = [](const RoundedGroups::About& one) { return reinterpret_cast<const double*>(&one); };
-    return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(as_double(a)), as_double(b)));
+    scales = _mm512_permutex2var_ps(low, even, high);
+    totals = _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
   }
 };
 
@@ -185,9 +173,8 @@ void group_rows_of_codes(const GroupRows& matrix, std::int64_t first, std::int64
   RoundedGroups rounded[Count];
   for (int b = 0; b < Count; ++b) rounded[b].fill(inputs + b * stride, matrix.columns);
   const Lanes table = codes();
-  const __m256i low = _mm256_set1_epi8(15);
-  // four groups in the order 0, 2, 1, 3, four lanes each
-  const __m512i spreads = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 1, 1, 1, 1, 3, 3, 3, 3);
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i spreads = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   CodeGrids<Count> grids;
   for (std::int64_t row = first; row < last; ++row) {
     __m512 sums[Count][2], middles[Count];
@@ -201,9 +188,8 @@ void group_rows_of_codes(const GroupRows& matrix, std::int64_t first, std::int64
       for (int b = 0; b < Count; ++b)
         middles[b] = _mm512_mask_add_ps(middles[b], static_cast<__mmask16>(held), middles[b], grids.middles[b]);
       const auto use = [&](int quad, __m256i words) {
-        const __m256i even = _mm256_and_si256(words, low), odd = _mm256_and_si256(_mm256_srli_epi16(words, 4), low);
-        const __m512i weights = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi64(even, odd)),
-                                                   _mm256_unpackhi_epi64(even, odd), 1);
+        const __m512i pairs = _mm512_cvtepu8_epi16(words);  // a byte of two codes becomes two bytes of one: (p | p · 16)
+        const __m512i weights = _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4), low, 0xa8);  // & 15
         const __m512i lanes = _mm512_add_epi32(spreads, _mm512_set1_epi32(4 * quad));
         const std::uint16_t* places = matrix.places + block * 16 + 4 * quad;
         for (int b = 0; b < Count; ++b) {
@@ -211,22 +197,25 @@ void group_rows_of_codes(const GroupRows& matrix, std::int64_t first, std::int64
             const std::size_t at = places[k];
             return _mm_load_si128(reinterpret_cast<const __m128i*>(rounded[b].codes) + at);
           };
-          __m512i x = _mm512_castsi128_si512(sixteen(0));
-          x = _mm512_inserti32x4(x, sixteen(2), 1);
-          x = _mm512_inserti32x4(x, sixteen(1), 2);
-          x = _mm512_inserti32x4(x, sixteen(3), 3);
+          __m512i x = _mm512_broadcast_i32x4(sixteen(0));
+          x = _mm512_mask_broadcast_i32x4(x, 0x00f0, sixteen(1));
+          x = _mm512_mask_broadcast_i32x4(x, 0x0f00, sixteen(2));
+          x = _mm512_mask_broadcast_i32x4(x, 0xf000, sixteen(3));
           const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, x));
           sums[b][quad % 2] =
               _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(lanes, grids.factors[b]), sums[b][quad % 2]);
         }
       };
       const auto* words = matrix.words + block * 16;
+      fetch(words, kAhead);
+      fetch(words, kAhead + 64);
       if (held == 0xffffu) {
 #pragma GCC unroll 4
         for (int quad = 0; quad < 4; ++quad)
           use(quad, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 4 * quad)));
       } else {  // words of other rows count as zeros
-        for (int quad = begin / 4; quad * 4 < stop; ++quad)
+#pragma GCC unroll 4
+        for (int quad = 0; quad < 4; ++quad)
           use(quad, _mm256_maskz_loadu_epi64(static_cast<__mmask8>(held >> 4 * quad & 15u), words + 4 * quad));
       }
       group = block * 16 + stop;

@@ -26,6 +26,8 @@ inline void each_step(const BitmaskRows& matrix, std::int64_t row, std::int64_t 
   const std::uint64_t* bits = matrix.bits + row * words;
   for (std::int64_t word = first; word < last; ++word) {
     const std::uint64_t mask = bits[word];
+    fetch(matrix.values, next * kBits<Value> / 8 + kAhead);
+    if (kBits<Value> > 8) fetch(matrix.values, next * kBits<Value> / 8 + kAhead + 64);
     std::int64_t begins[4] = {next, next + __builtin_popcountll(mask & 0xffffull),
                               next + __builtin_popcountll(mask & 0xffffffffull),
                               next + __builtin_popcountll(mask & 0xffffffffffffull)};
@@ -105,12 +107,15 @@ void dense_rows(const DenseRows& matrix, std::int64_t first, std::int64_t last, 
       Lanes sums[Count][2];
       for (auto& pair : sums) pair[0] = pair[1] = zero();
       std::int64_t column = begin;
-      for (; column + 32 <= end; column += 32)
+      for (; column + 32 <= end; column += 32) {
+        fetch(matrix.values, (base + column) * kBits<Value> / 8 + kAhead);
+        if (kBits<Value> > 16) fetch(matrix.values, (base + column) * kBits<Value> / 8 + kAhead + 64);
         for (int half = 0; half < 2; ++half) {
           const Lanes weights = Value::all(matrix.values, base + column + 16 * half);
           for (int b = 0; b < Count; ++b)
             sums[b][half] = multiply_add(weights, load(inputs + b * stride + column + 16 * half), sums[b][half]);
         }
+      }
       if (column + 16 <= end) {
         const Lanes weights = Value::all(matrix.values, base + column);
         for (int b = 0; b < Count; ++b)
@@ -135,8 +140,11 @@ void dense_rows(const DenseRows& matrix, std::int64_t first, std::int64_t last, 
 #include "dots.hpp"
 #include "groups.hpp"
 #include "convolution.hpp"
+#include "convolution_bytes.hpp"
 #include "nibbles.hpp"
 #include "attention.hpp"
+#include "masking.hpp"
+#include "training.hpp"
 
 // ------------------------------------------------------------------------------------------------ choosing
 
@@ -253,11 +261,15 @@ const Kernels& table() {
   static const Kernels kernels = {in_batches<BitmaskOf, BitmaskRows>, in_batches<DenseOf, DenseRows>,
                                   in_batches<GroupsOf, GroupRows>,    expand_bitmask,
                                   expand_group_rows,                  convolution,
-                                  gather,                             depthwise,
+                                  gather,                             convolution_bytes,
+                                  find_range,                         round_to_bytes,
+                                  copy_runs,                          depthwise,
                                   widen_bfloat16,                     narrow_bfloat16,
                                   {in_batches<NibblesOf, NibbleRows>, expand_nibble_rows, expand_dense, normalise,
                                    add_to, rotate, activate, cap_values, largest, attend, merge},
-                                  keep_highest};
+                                  keep_highest,
+                                  {mask_values, pack_tile, multiply_tile, outer_tile},
+                                  block_table()};
   return kernels;
 }
 

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "bands.hpp"
+#include "sparse_rows.hpp"
 #include "steps.hpp"
 #include "strips.hpp"
 
@@ -74,6 +76,11 @@ struct Kernels {
   void (*convolution)(const ConvolutionBlocks&, std::int64_t first, std::int64_t last, const Strip&);  // blocks
   bool (*gather)(const float* source, std::int64_t stride, float* target, std::int64_t width, std::int64_t length,
                  std::int64_t channels);  // false if an input is infinite or NaN
+  void (*convolution_bytes)(const ByteBlocks&, std::int64_t first, std::int64_t last, const ByteStrip&);  // blocks
+  bool (*find_range)(const float* source, std::int64_t count, float& low, float& high);
+  bool (*round_to_bytes)(const float* source, std::int64_t count, float inverse, float zero, std::uint8_t* target);
+  bool (*copy_runs)(const Run* runs, std::int64_t count, std::int64_t step, const float* source,
+                    float* target);  // false if a value is infinite or NaN
   // of one channel; inputs and outputs reach up to a multiple of 64 positions
   void (*depthwise)(const Plane&, std::int64_t positions, float* outputs);
   void (*widen_bfloat16)(const std::uint16_t* source, float* target, std::int64_t count);
@@ -81,19 +88,25 @@ struct Kernels {
   StepKernels steps;
   // keep[row][i] = whether score i of a row of m is among its m − dropped highest; false if m has no kernel
   bool (*keep_highest)(const float* scores, std::int64_t rows, int m, int dropped, std::uint8_t* keep);
+  TrainingKernels training;
+  BlockKernels blocks;
 };
 
 namespace plain {
 const Kernels& table();
+const BlockKernels& block_table();  // of block_kernels.cpp
 }
 namespace avx2 {
 const Kernels& table();
+const BlockKernels& block_table();  // of block_kernels.cpp
 }
 namespace avx512 {
 const Kernels& table();
+const BlockKernels& block_table();  // of block_kernels.cpp
 }
 namespace avx512_bf16 {
 const Kernels& table();
+const BlockKernels& block_table();  // of block_kernels.cpp
 }
 
 }  // namespace gossamer

@@ -234,6 +234,31 @@ static inline Lanes look_up(std::uint64_t word, Lanes table) {
 
 #endif
 
+// What is read once, from one end to the other, comes sooner if it is asked for: the guesses of a processor stop at the
+// end of a page. Nothing happens where no memory is.
+constexpr std::int64_t kAhead = 1024;  // bytes
+static inline void fetch(const void* source, std::int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(source) + static_cast<std::uintptr_t>(bytes)));
+}
+
+// Bits of a stored value.
+template <typename Value>
+constexpr int kBits = 8;
+template <>
+constexpr int kBits<Float32> = 32;
+template <>
+constexpr int kBits<BFloat16> = 16;
+template <>
+constexpr int kBits<Float16> = 16;
+
+// Whether none of the inputs, which zeros follow up to a multiple of sixteen, is infinite or NaN.
+static inline bool all_finite(const float* inputs, std::int64_t columns) {
+  Lanes total = zero();
+  for (std::int64_t column = 0; column < columns; column += 16)
+    total = multiply_add(zero(), load(inputs + column), total);
+  return sum(total) == 0.0f;
+}
+
 // Kept four-bit values begin at any nibble; the first is the lower half of a byte. Two's complement, −8 … 7.
 struct Int4 {
   static Lanes all(const void* p, std::int64_t i) {
@@ -259,3 +284,5 @@ struct Int4 {
 #endif
   }
 };
+template <>
+constexpr int kBits<Int4> = 4;

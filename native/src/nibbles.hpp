@@ -28,6 +28,7 @@ void nibble_rows(const NibbleRows& matrix, std::int64_t first, std::int64_t last
         for (int b = 0; b < Count; ++b) dots[b] = begin_sums(-8 * rounded[b].code_totals[here]);
 #pragma GCC unroll 4
         for (int k = 0; k < 4; ++k) {
+          fetch(line + (block * 4 + k) * 16, kAhead);
           const Bytes both = load_bytes(line + (block * 4 + k) * 16), low = low_nibbles(both), high = high_nibbles(both);
           for (int b = 0; b < Count; ++b) {
             dots[b] = dot(dots[b], low, rounded[b].four(here * kRounded + 8 * k));

@@ -313,9 +313,13 @@ def reproduce(
     overwrite: Overwrite = False,
 ) -> None:
     """Run a paper's experiment and store its verdict."""
+    from gossamer.measure.report_card import observed_card
     from gossamer.papers import reproduce as run
 
     result = run(slug, budget=budget, seeds=seeds, output=output, overwrite=overwrite)
+    card = observed_card(result.observations)
+    if card is not None:
+        console.print(card.table())
     console.print(f"[bold]{result.verdict.outcome}[/bold]: {result.verdict.reason}")
 
 

@@ -210,8 +210,8 @@ def test_a_step_that_the_gradient_scaler_skips_leaves_no_trace(to_none, net, bat
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [1, 7, 12])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, stop, net, batch):
+@pytest.mark.parametrize(("stop", "order"), [(1, "mor"), (7, "rmo"), (12, "omr")])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, stop, order, net, batch):
     def begin(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
         return optimizer, METHODS[method]().attach(model, optimizer)
@@ -232,9 +232,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(method, stop, net
 
     second = copy.deepcopy(net)
     optimizer, part = begin(second)
-    part.load_state_dict(state["run"])
-    second.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    loads = {"m": (second, "model"), "o": (optimizer, "optimizer"), "r": (part, "run")}
+    for letter in order:
+        loads[letter][0].load_state_dict(state[loads[letter][1]])
     for _ in range(25 - stop):
         one_step(second, optimizer, batch)
     assert part.history == run.history
@@ -261,7 +261,7 @@ def test_what_goes_and_comes_back_starts_anew(net, batch):
         assert not after[key][~new].any()
     assert not after["exp_avg"][new & ~old].any()
     mean = before["exp_avg_sq"][stayed].mean()
-    assert torch.equal(after["exp_avg_sq"][new & ~old], mean.expand(int((new & ~old).sum())))
+    torch.testing.assert_close(after["exp_avg_sq"][new & ~old], mean.expand(int((new & ~old).sum())))
     assert not weight[new & ~old].any()
     one_step(net, optimizer, batch)
     # a first step of Adam without a warm second moment would be the learning rate over √(1 − β₂) ≈ 0.3

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.kernels import convolution as module
-from gossamer.kernels.convolution import BLOCKS, BlockedKernels, Window, strip_width
+from gossamer.kernels.convolution import BlockedKernels, strip_width
+from gossamer.kernels.images import BLOCKS, Window, convolve_densely
 from gossamer.kernels.native import available, instruction_sets, using
 
 SETS = instruction_sets()
@@ -73,8 +74,10 @@ def test_pointwise_convolutions_are_those_of_the_dense_weight(name, block, side,
 
 @native_only
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 6, 8])
-@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("block", "vectors"),
+    [*((1, v) for v in (1, 2, 3, 4, 6, 8)), *((4, v) for v in (1, 2, 3, 4, 6)), *((16, v) for v in (1, 2, 3))],
+)
 def test_strips_of_every_width_give_the_same_convolution(name, vectors, block, monkeypatch):
     monkeypatch.setattr(module, "strip_width", lambda *_: vectors)
     for shape, window in (((19, 24, 1, 1), Window()), ((19, 5, 3, 3), Window(padding=(1, 1)))):
@@ -155,7 +158,7 @@ def test_inputs_that_are_not_finite_reach_every_channel_as_in_the_dense_convolut
         x[1, 10, 4, 5] = value
         with using(name):
             y = BlockedKernels.from_dense(weight, block).convolve(x, window=window, bounds=(0, 6))
-        wanted = module.reference(x.double().float(), weight, window=window, bounds=(0, 6))
+        wanted = convolve_densely(x, weight, None, window, (0, 6))
         assert torch.equal(y.isnan(), wanted.isnan())
         assert y.isnan().any()
         assert torch.allclose(y.nan_to_num(), wanted.nan_to_num(), atol=1e-5)
@@ -175,12 +178,13 @@ def test_neither_threads_nor_the_division_of_work_change_a_bit(name, side):
 
 
 @native_only
-def test_bfloat16_images_are_summed_in_float32_and_rounded_once():
-    weight, x = sparse((17, 33, 1, 1), 1, 0.5), torch.randn(2, 33, 5, 5).bfloat16()
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+def test_images_of_two_bytes_are_summed_in_float32_and_rounded_once(dtype, unit):
+    weight, x = sparse((17, 33, 1, 1), 1, 0.5), torch.randn(2, 33, 5, 5).to(dtype)
     y = BlockedKernels.from_dense(weight).convolve(x)
     result, bound = exact(x, weight)
-    assert y.dtype == torch.bfloat16
-    assert ((y.double() - result).abs() <= bound + result.abs() * 2.0**-8).all()
+    assert y.dtype == dtype
+    assert ((y.double() - result).abs() <= bound + result.abs() * unit + 2.0**-25).all()
 
 
 @native_only
@@ -193,6 +197,20 @@ def test_images_may_be_views_and_channels_last():
         y = packed.convolve(x)
         assert y.shape == result.shape
         assert ((y - result).abs() <= bound).all()
+
+
+@native_only
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_larger_kernels_read_images_with_the_channels_last_as_they_are(window, channels):
+    packed = BlockedKernels.from_dense(sparse((10, channels, 3, 3), 16, 1.0), 16)
+    x = torch.randn(3, channels, 13, 12)
+    last = x.to(memory_format=torch.channels_last)
+    assert torch.equal(packed.convolve(last, window=window), packed.convolve(x, window=window))
+    last[1, 0, 5, 6] = math.nan
+    assert torch.equal(
+        packed.convolve(last, window=window).isnan(), packed.convolve(last.contiguous(), window=window).isnan()
+    )
 
 
 @given(
@@ -233,6 +251,36 @@ def test_strips_are_as_wide_as_registers_allow_and_evenly_filled():
     assert [strip_width(16, positions) for positions in (16, 49, 12544)] == [1, 2, 3]
 
 
+def test_strips_stay_in_the_second_cache_however_many_channels_there_are():
+    assert [strip_width(1, 12544, inputs) for inputs in (64, 1024, 2048, 5000, 10**6)] == [8, 8, 4, 1, 1]
+
+
+@native_only
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_weights_in_half_precision_are_those_of_the_rounded_weight(name, block, kernel):
+    weight = sparse((37, 29, kernel, kernel), block, 0.4)
+    packed = BlockedKernels.from_dense(weight, block, dtype=torch.float16)
+    packed.validate()
+    assert packed.values.dtype == torch.float16
+    assert torch.equal(packed.expand(), weight.half().float())
+    x, bias, window = torch.randn(2, 29, 9, 11), torch.randn(37), Window(padding=(kernel // 2, kernel // 2))
+    with using(name):
+        y = packed.convolve(x, bias, window)
+        wide = BlockedKernels.from_dense(weight.half().float(), block).convolve(x, bias, window)
+    result, bound = exact(x, weight.half(), bias, window)
+    assert ((y - result).abs() <= bound).all()
+    assert torch.equal(y, wide)
+
+
+def test_weights_beyond_half_precision_are_refused():
+    with pytest.raises(ConfigurationError, match="beyond ±65504"):
+        BlockedKernels.from_dense(torch.full((2, 2), 1e5), dtype=torch.float16)
+    with pytest.raises(ConfigurationError, match="stored as"):
+        BlockedKernels.from_dense(torch.ones(2, 2), dtype=torch.bfloat16)
+
+
 def test_packed_tensors_that_contradict_each_other_are_refused():
     good = BlockedKernels.from_dense(sparse((8, 12, 1, 1), 2, 0.6), 2)
     starts, swapped, far = good.starts.clone(), good.places.clone(), good.places.clone()
@@ -246,6 +294,7 @@ def test_packed_tensors_that_contradict_each_other_are_refused():
         ({"places": far}, "outside 0 … 11"),
         ({"places": -far - 1}, "outside"),
         ({"places": good.places[:-1]}, "starts|values"),
+        ({"values": good.values.bfloat16()}, "values"),
         ({"places": good.places.long()}, "places"),
         ({"values": good.values[:, :, :1]}, "values"),
         ({"values": good.values.double()}, "values"),

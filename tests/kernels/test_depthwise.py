@@ -7,8 +7,8 @@ import torch
 
 from gossamer.errors import ConfigurationError
 from gossamer.kernels import depthwise as module
-from gossamer.kernels.convolution import Window
 from gossamer.kernels.depthwise import depthwise
+from gossamer.kernels.images import Window, convolve_densely
 from gossamer.kernels.native import available, instruction_sets, using
 
 SETS = instruction_sets()
@@ -73,7 +73,7 @@ def test_what_is_not_finite_spreads_as_in_torch(name, bad, bounds):
     x[0, 1, 5, 6] = bad
     with using(name):
         y = depthwise(x, weight, None, Window((2, 2), (1, 1)), bounds)
-    wanted = module.reference(x, weight, None, Window((2, 2), (1, 1)), bounds or (-math.inf, math.inf))
+    wanted = convolve_densely(x, weight, None, Window((2, 2), (1, 1)), bounds or (-math.inf, math.inf), 3)
     assert torch.equal(y.isnan(), wanted.isnan())
     assert torch.equal(y.isinf(), wanted.isinf())
 
@@ -100,6 +100,34 @@ def test_other_dtypes_and_strides_are_read():
     assert torch.equal(half, depthwise(x.bfloat16().float(), weight).bfloat16())
 
 
+@native_only
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (2, 3)])
+def test_rows_that_were_pruned_are_left_out_of_the_sums(name, kernel):
+    x, weight, bias = torch.randn(2, 8, 13, 12), torch.randn(8, 1, *kernel), torch.randn(8)
+    for channel in range(8):
+        weight[channel, 0, : channel % (kernel[0] + 1)] = 0
+    with using(name):
+        y = depthwise(x, weight, bias, Window(padding=(1, 1)))
+    result, bound = exact(x, weight, bias, Window(padding=(1, 1)))
+    assert ((y - result).abs() <= bound).all()
+    assert torch.equal(y[:, kernel[0]], bias[kernel[0]].expand_as(y[:, kernel[0]]))  # of which nothing is left
+
+
+@native_only
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", SETS)
+def test_pruned_weights_still_meet_what_is_not_finite(name, bad):
+    x, weight = torch.randn(1, 3, 11, 11), torch.randn(3, 1, 3, 3)
+    weight[:, :, 0] = 0
+    x[0, 1, 5, 6] = bad
+    with using(name):
+        y = depthwise(x, weight, None, Window(padding=(1, 1)))
+    wanted = convolve_densely(x, weight, None, Window(padding=(1, 1)), groups=3)
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.allclose(y.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0), atol=1e-5)
+
+
 def test_without_native_kernels_torch_is_used(monkeypatch):
     monkeypatch.setattr(module, "available", lambda: False)
     x, weight, bias = torch.randn(2, 4, 9, 10), torch.randn(4, 1, 3, 3), torch.randn(4)
@@ -112,11 +140,11 @@ def test_without_native_kernels_torch_is_used(monkeypatch):
     ("change", "message"),
     [
         ({"x": torch.zeros(1, 3, 8, 8)}, r"give \(batch, 4"),
-        ({"x": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}, "float32 or"),
+        ({"x": torch.zeros(1, 4, 8, 8, dtype=torch.float64)}, "in float32, bfloat16 or"),
         ({"x": torch.zeros(1, 4, 2, 8)}, "smaller than kernels"),
         ({"weight": torch.zeros(4, 4, 3, 3)}, "the weight is"),
         ({"weight": torch.zeros(4, 1, 3, 3, dtype=torch.int64)}, "the weight is"),
-        ({"bias": torch.zeros(3)}, "4 channels take"),
+        ({"bias": torch.zeros(3)}, "4 output channels take"),
         ({"bounds": (1, 0)}, "the smaller one first"),
         ({"bounds": (math.nan, 0)}, "the smaller one first"),
     ],

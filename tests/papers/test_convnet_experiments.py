@@ -50,7 +50,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(fast_sparse_convnets, "mobilenet", few_channels)
     monkeypatch.setattr(sparsebytenn, "mobilenet", few_channels)
     monkeypatch.setattr(mobile_networks, "GATED", ((16, 2), (16, 1)))
-    networks = {"mobilenet": (few_channels, FastSparseConvnets(0.9, late_layers=1))}
+    networks = {"mobilenet": (few_channels, FastSparseConvnets(sparsity=0.9, late_layers=1))}
     monkeypatch.setattr(fast_sparse_convnets, "_NETWORKS", networks)
 
 
@@ -221,7 +221,7 @@ def test_a_network_learns_and_pruning_ends_at_the_sparsity(tiny):
         *(nn.Conv2d(1, 16, 5, stride=2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU()),
         *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32 * 6 * 6, 10)),
     )
-    masks = task.train(network, 60, FastSparseConvnets(0.5, begin=5, end=30, every=5))
+    masks = task.train(network, 60, FastSparseConvnets(sparsity=0.5, begin=5, end=30, every=5))
     assert masks.sparsity == pytest.approx(0.5, abs=1e-3)
     assert not masks.violations(network)
     assert task.accuracy(network) > 0.8

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gossamer.errors import CheckpointError
-from gossamer.report.performance import decode_table, performance_table, quality_table
+from gossamer.report.performance import decode_table, performance_table, quality_table, training_table
 
 
 def test_perplexities_stand_by_model_and_method(tmp_path):
@@ -27,7 +27,7 @@ def test_perplexities_stand_by_model_and_method(tmp_path):
     assert quality_table(tmp_path / "none.json") == ""
 
 
-@pytest.mark.parametrize("page", [quality_table, performance_table, decode_table])
+@pytest.mark.parametrize("page", [quality_table, performance_table, decode_table, training_table])
 def test_damaged_figures_are_refused(page, tmp_path):
     path = tmp_path / "figures.json"
     path.write_text('{"rows": 3, "figures": []}')
@@ -57,3 +57,23 @@ def test_decoding_says_which_points_no_file_of_llama_dominates(tmp_path):
     assert "| bfloat16 | 200.0 | 4.0000 | 50.0 |  |  |  |  |" in page
     assert "| llama.cpp: GGUF Q8_0 | 150.0 | 3.9000 | 60.0 |  |  |  |  |" in page
     assert decode_table(tmp_path / "none.json") == ""
+
+
+def test_sparse_training_stands_beside_its_price(tmp_path):
+    def seeds(*qualities, flops=100.0):
+        return {str(i): {"quality": q, "cost": {"training_flops": flops}} for i, q in enumerate(qualities)}
+
+    results = {
+        "dense, 0": seeds(0.95, 0.96),
+        "SET, 0.8": seeds(0.94, 0.94, flops=20.0),
+        "SET, 0.9": seeds(0.9, 0.92, flops=10.0),
+    }
+    path = tmp_path / "training.json"
+    settings = {"widths": [784, 300, 10], "steps": 5, "batch": 7}
+    path.write_text(json.dumps({"settings": settings, "results": results}))
+    page = training_table(path)
+    assert "| method | 80% zero | 90% zero |" in page
+    # Student's t of two values: 12.706 · s / √2
+    assert "| SET | 94.00% ± 0.00%, 20% | 91.00% ± 12.71%, 10% |" in page
+    assert "784 × 300 × 10, 5 steps of 7 images" in page
+    assert training_table(tmp_path / "none.json") == ""

@@ -13,7 +13,7 @@ import gossamer
 from gossamer.errors import ConfigurationError, TargetError
 from gossamer.kernels.native import available
 from gossamer.models.packed import load_packed
-from gossamer.runtime.choice import Case, Choices, Storage, candidates, measure_storages
+from gossamer.runtime.choice import Case, Choices, Storage, candidates, fastest, measure_storages
 from gossamer.runtime.compress import compress
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
@@ -119,6 +119,42 @@ def test_what_cannot_be_compressed_is_refused_by_name(network):
         compress(nn.ReLU())
     with pytest.raises(ConfigurationError, match=r"0 is torch\.float64"):
         compress(network.double())
+
+
+@needs_native
+@pytest.mark.parametrize(("height", "kind"), [(1, "csr"), (4, "blocks4"), (8, "blocks8"), (16, "blocks16")])
+def test_layers_of_few_weights_and_of_blocks_become_these(height, kind, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 80))
+    with torch.no_grad():
+        model[0].weight.masked_fill_((torch.rand(80 // height, 64) > 0.2).repeat_interleave(height, 0), 0)
+    dense, x = copy.deepcopy(model), torch.randn(3, 64)
+    report = compress(model, choices=Choices(tmp_path / "c.json", preferring(kind)), progress=False)
+    assert report.layers[0].storage == f"{kind} float32"
+    assert torch.equal(model[0].weight, dense[0].weight)
+    assert torch.allclose(model(x), dense(x), atol=1e-5)
+
+
+def test_a_layer_is_left_alone_unless_another_storage_is_faster_beyond_doubt():
+    plain, other = Storage("plain", "float32"), Storage("bitmask", "float32")
+    assert fastest({plain: 1.0, other: 0.98}) == plain
+    assert fastest({plain: 1.0, other: 0.96}) == other
+    assert fastest({other: 1.0}) == other
+
+
+def test_single_weights_are_no_candidate_where_many_are_left():
+    assert all(storage.kind != "csr" for storage in candidates(["float32"], torch.float32, density=0.5))
+    assert all(storage.kind != "csr" for storage in candidates(["int8"], torch.float32, 64, density=0.05))
+
+
+@needs_native
+@pytest.mark.parametrize("block", [4, 8, 16])
+def test_blocks_can_be_measured(block):
+    storages = candidates(["bfloat16"], torch.bfloat16, density=0.1, block=block)
+    case = Case(40, 128, 0.1, torch.bfloat16, 20, block=block)
+    assert f"blocks of {block}" in case.key
+    assert {"csr", f"blocks{block}"} <= {storage.kind for storage in storages}
+    assert set(measure_storages(case, storages, repeats=1)) == set(storages)
 
 
 @needs_native

@@ -28,6 +28,7 @@ from transformers import (
 
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.kernels.bitmask import BitmaskMatrix
+from gossamer.kernels.blocks import CsrMatrix, FourRowMatrix, SixteenRowMatrix
 from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.matrix import round_inputs
@@ -187,6 +188,9 @@ PACKS = {
     "bitmask bfloat16": lambda weight: BitmaskMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0).bfloat16()),
     "bitmask float16": lambda weight: BitmaskMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0).half()),
     "bitmask int8": lambda weight: BitmaskMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0), "int8"),
+    "csr bfloat16": lambda weight: CsrMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0).bfloat16()),
+    "blocks of 4 in int8": lambda weight: FourRowMatrix.from_dense(weight, "int8"),
+    "blocks of 16": lambda weight: SixteenRowMatrix.from_dense(weight * (torch.arange(weight.shape[1]) % 3 > 0)),
     "bitmask int4": lambda weight: BitmaskMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0), "int4"),
     "groups": lambda weight: GroupMatrix.from_dense(weight),
     "four bits": lambda weight: NibbleMatrix.from_dense(weight),

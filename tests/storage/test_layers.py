@@ -15,7 +15,7 @@ from gossamer.kernels.dense import DenseMatrix
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
 KINDS = [("bitmask", f) for f in ("float32", "bfloat16", "int8", "int4")] + [("dense", "float32"), ("dense", "int8")]
-KINDS += [("groups", "int4"), ("nibbles", "int4")]
+KINDS += [("groups", "int4"), ("nibbles", "int4"), ("csr", "bfloat16"), ("blocks4", "int8"), ("blocks16", "float32")]
 
 
 def linear(bias=True, dtype=torch.float32):
@@ -88,7 +88,7 @@ def test_the_operators_keep_the_rules_of_torch():
         (torch.randn(3, 96), layer.values, layer.bias, layer.bits, layer.starts, None, 96, 0, "float32"),
     )
     layer = SparseLinear.from_linear(linear(), "dense", "int8")
-    for kind, format in (("dense", "int8"), ("groups", "int4"), ("nibbles", "int4")):
+    for kind, format in (("dense", "int8"), ("groups", "int4"), ("nibbles", "int4"), ("blocks8", "int8")):
         matrix = SparseLinear.from_linear(linear(), kind, format).matrix
         parts = matrix.tensors()
         about = (",".join(parts), kind, format, 40, 96, getattr(matrix, "group", 0))
@@ -165,8 +165,8 @@ def test_conversions_change_outputs_and_not_what_is_stored():
 def test_its_text_says_what_it_is():
     layer = SparseLinear.from_linear(linear(), "bitmask", "int8")
     assert "in_features=96, out_features=40, bias=True, bitmask int8" in repr(layer)
-    with pytest.raises(ConfigurationError, match="csr"):
-        SparseLinear.from_linear(linear(), "csr")
+    with pytest.raises(ConfigurationError, match="coo"):
+        SparseLinear.from_linear(linear(), "coo")
     with pytest.raises(ConfigurationError, match="always int4"):
         SparseLinear.from_linear(linear(), "groups", "int8")
     with pytest.raises(ConfigurationError, match="have 16 columns"):

@@ -23,20 +23,23 @@ def per_weight(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dic
 
 @torch.no_grad()
 def repair(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, removed: Tensor, grown: Tensor, stayed: Tensor
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, removed: Tensor, grown: Tensor, stayed: int
 ) -> None:
     """Forget removed weights, and start grown ones.
 
     Parameters
     ----------
     optimizer, parameter
-        Whose state.
-    removed, grown, stayed
-        Bool, the shape of the parameter: what was active and is no longer, what is now and was not, what was and is.
+        Whose state; it is zero for what was not active.
+    removed, grown
+        Bool, the shape of the parameter: what was active and is no longer, and what is now and was not.
+    stayed
+        How many were and are.
     """
     for key, value in per_weight(optimizer, parameter).items():
         value.masked_fill_(removed.to(value.device), 0)
-        value.masked_fill_(grown.to(value.device), _first(key, value[stayed.to(value.device)]))
+        if key in SECOND_MOMENTS and stayed:
+            value.masked_fill_(grown.to(value.device), float(value.sum(dtype=torch.float64)) / stayed)
 
 
 @torch.no_grad()
@@ -57,10 +60,7 @@ def rearrange(
     stayed = source >= 0
     for key, value in old.items():
         kept = value[source[stayed]]
-        fresh = value.new_full((len(source),), _first(key, kept))
+        first = float(kept.mean(dtype=torch.float64)) if key in SECOND_MOMENTS and len(kept) else 0.0
+        fresh = value.new_full((len(source),), first)
         fresh[stayed] = kept
         optimizer.state[parameter][key] = fresh
-
-
-def _first(key: str, stayed: Tensor) -> float:
-    return float(stayed.mean()) if key in SECOND_MOMENTS and stayed.numel() else 0.0

@@ -47,8 +47,8 @@ class Site(ABC):
         """Whether the coming backward passes have to keep the gradient of zeros too; what was kept is forgotten."""
 
     @abstractmethod
-    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Change the mask, and what the optimiser remembers."""
+    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+        """Change the mask, and what the optimiser remembers; None if that is loaded from elsewhere."""
 
     @abstractmethod
     def hold(self) -> None:
@@ -128,13 +128,18 @@ class MaskedWeight(Site):
         if self.parameter.grad is not None and self.active < self.parameter.numel():
             mask_(self.parameter.grad, self._bits)
 
-    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
+    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:  # noqa: D102
         mask = mask.to(self.parameter.device)
-        old = self.mask()
-        self._bits, self._active = pack_bits(mask), int(mask.sum())
+        bits, old = pack_bits(mask), self._bits
+        if torch.equal(bits, old):
+            return
+        self._bits, self._active = bits, int(mask.count_nonzero())
         self.hold()
         self.mask_gradient()
-        repair(optimizer, self.parameter, old & ~mask, mask & ~old, mask & old)
+        if optimizer is not None and per_weight(optimizer, self.parameter):
+            before = unpack_bits(old, self.shape)
+            grown = mask & ~before
+            repair(optimizer, self.parameter, before & ~mask, grown, self._active - int(grown.count_nonzero()))
 
     def hold(self) -> None:  # noqa: D102
         if self.active < self.parameter.numel():
@@ -172,9 +177,11 @@ class StoredNonzeros(Site):
     def collect(self, wanted: bool) -> None:  # noqa: D102
         self.layer.collect_gradient, self.layer.dense_gradient = wanted, None
 
-    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
-        old = per_weight(optimizer, self.parameter)
-        rearrange(optimizer, self.parameter, old, self.layer.set_mask(mask))
+    def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:  # noqa: D102
+        old = {} if optimizer is None else per_weight(optimizer, self.parameter)
+        source = self.layer.set_mask(mask)
+        if optimizer is not None:
+            rearrange(optimizer, self.parameter, old, source)
 
     def hold(self) -> None:
         """There is nothing that could have moved."""

@@ -141,7 +141,7 @@ class SparseTraining(Topology):
             )
         for name, site in self._sites.items():
             if not torch.equal(site.bits.cpu(), pack_bits(masks[name])):
-                site.assign(masks[name], self.optimizer)
+                site.assign(masks[name], None)  # its memory may have been loaded already
         self.step, self.extra, self.history = int(state["step"]), dict(state["extra"]), list(state["history"])
         self.generator.set_state(state["generator"])
         self._prepare()

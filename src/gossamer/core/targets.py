@@ -206,5 +206,6 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
             head = None
     if head is not None:
         return [head]
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, SparseWeight, *_CONVOLUTIONS))]
+    kinds = (nn.Linear, SparseWeight, *_CONVOLUTIONS)
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, kinds)]
     return layers[-1:] if getter is None and len(layers) > 1 else []

@@ -11,52 +11,41 @@ while a block goes through the channels that it keeps: one load of inputs serves
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import CheckpointError, ConfigurationError
+from gossamer.errors import ConfigurationError
+from gossamer.kernels.images import (
+    BLOCKS,
+    STILL,
+    UNBOUNDED,
+    StoredKernels,
+    Window,
+    as_floats,
+    check_block,
+    check_images,
+    convolve_densely,
+    dense_kernels,
+    moves,
+    places_problem,
+    starts_problem,
+)
 from gossamer.kernels.native import available, native
 
-BLOCKS = (1, 2, 4, 8, 16)
-_INPUTS = (torch.float32, torch.bfloat16)
+__all__ = ["BLOCKS", "STORED", "BlockedKernels", "Window", "strip_width"]
+
+#: what stored weights may be; sums are formed in float32 with all of them
+STORED = (torch.float32, torch.float16)
 _CHUNK = 1 << 18  # floats of a padded input that are worked on at a time: they stay in the second cache
+_STRIP = 1 << 17  # floats of a strip, over all input channels, that still do
 _WIDTHS = (1, 2, 3, 4, 6, 8)  # vectors of a strip
 
 
-@dataclass(frozen=True)
-class Window:
-    """How kernels move over an image, in the words of :func:`torch.nn.functional.conv2d`.
-
-    Attributes
-    ----------
-    stride, padding, dilation
-        Along height and width.
-    """
-
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        if min(self.stride) < 1 or min(self.dilation) < 1 or min(self.padding) < 0:
-            raise ConfigurationError(f"{self} is impossible; strides and dilations are at least 1, paddings at least 0")
-
-    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the output; zero or less where an image is smaller than the kernel."""
-        reach = [dilation * (width - 1) for dilation, width in zip(self.dilation, kernel, strict=True)]
-        found = [(size[i] + 2 * self.padding[i] - reach[i] - 1) // self.stride[i] + 1 for i in (0, 1)]
-        return found[0], found[1]
-
-
-_STILL = Window()
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class BlockedKernels:
+class BlockedKernels(StoredKernels):
     """The weight of a convolution, of which blocks of output channels keep some input channels.
 
     Attributes
@@ -71,7 +60,7 @@ class BlockedKernels:
     places
         ``(n,)`` int32: input channels that are kept, ascending within a block.
     values
-        ``(n, height · width, block)`` float32.
+        ``(n, height · width, block)`` float32 or float16.
     """
 
     shape: tuple[int, int, int, int]
@@ -81,7 +70,9 @@ class BlockedKernels:
     values: Tensor
 
     @classmethod
-    def from_dense(cls, weight: Tensor, block: int = 1, kept: Tensor | None = None) -> BlockedKernels:
+    def from_dense(
+        cls, weight: Tensor, block: int = 1, kept: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> BlockedKernels:
         """Pack a dense weight.
 
         Parameters
@@ -92,111 +83,60 @@ class BlockedKernels:
             Output channels that share a list.
         kept
             ``(⌈out / block⌉, in)`` bool: what to store; by default what is not wholly zero.
+        dtype
+            Of what is stored: float32, or float16 for half of the bytes.
 
         Raises
         ------
         ConfigurationError
-            If shapes or block do not fit, or a weight is not zero where nothing is kept.
+            If shapes, block or dtype do not fit, a weight is not zero where nothing is kept, or is too large for
+            float16.
         """
-        if weight.ndim == 2:
-            weight = weight[:, :, None, None]
-        if weight.ndim != 4 or not weight.is_floating_point() or 0 in weight.shape[2:]:
-            raise ConfigurationError(
-                f"the weight is {tuple(weight.shape)} {weight.dtype}; give floating numbers (out, in, height, width)"
-            )
-        if block not in BLOCKS:
-            raise ConfigurationError(f"block is {block!r}; it must be one of {', '.join(map(str, BLOCKS))}")
-        out, inputs, height, width = weight.shape
-        blocks = -(-out // block)
-        padded = torch.zeros(blocks * block, inputs, height * width)
-        padded[:out] = weight.detach().cpu().flatten(2)
-        grouped = padded.view(blocks, block, inputs, height * width).permute(0, 2, 3, 1)
-        needed = (grouped != 0).flatten(2).any(2)
-        kept = needed if kept is None else kept.cpu()
-        if kept.shape != (blocks, inputs) or kept.dtype != torch.bool:
-            raise ConfigurationError(f"kept is {tuple(kept.shape)} {kept.dtype}; give {(blocks, inputs)} bool")
-        if bool((needed & ~kept).any()):
-            raise ConfigurationError("a weight is not zero where nothing is kept; apply the mask to the weight first")
+        if dtype not in STORED:
+            raise ConfigurationError(f"dtype is {dtype}; weights are stored as {' or '.join(map(str, STORED))}")
+        grouped, kept = group_channels(weight, block, kept)
+        out, inputs, height, width = dense_kernels(weight).shape
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
-        places = kept.nonzero()[:, 1].to(torch.int32)
-        return cls((out, inputs, height, width), block, starts, places, grouped[kept].contiguous())
+        values = grouped[kept].to(dtype).contiguous()
+        if dtype == torch.float16 and bool((values.isinf() & grouped[kept].isfinite()).any()):
+            raise ConfigurationError("a weight is beyond ±65504, the largest of float16; store float32")
+        return cls((out, inputs, height, width), block, starts, kept.nonzero()[:, 1].to(torch.int32), values)
 
     @property
-    def kept(self) -> int:
-        """Input channels that are stored, over all blocks."""
+    def kept(self) -> int:  # noqa: D102
         return len(self.places)
 
-    @property
-    def density(self) -> float:
-        """Share of the weights that is stored."""
-        return self.kept / max(1, (len(self.starts) - 1) * self.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is stored."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-
-    def __repr__(self) -> str:
-        sizes = " × ".join(map(str, self.shape))
-        return f"{type(self).__name__}({sizes}, blocks of {self.block}, {self.density:.1%} stored)"
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that is stored, by name."""
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         return {"starts": self.starts, "places": self.places, "values": self.values}
 
-    def mask(self) -> Tensor:
-        """``(⌈out / block⌉, in)`` bool, True where kernels are stored."""
-        kept = torch.zeros(len(self.starts) - 1, self.shape[1], dtype=torch.bool)
-        kept[self._blocks(), self.places.to(torch.int64)] = True
+    def mask(self) -> Tensor:  # noqa: D102
+        kept = torch.zeros(self.blocks, self.shape[1], dtype=torch.bool)
+        kept[self._block_of_each(), self.places.to(torch.int64)] = True
         return kept
 
-    def expand(self) -> Tensor:
-        """The dense weight, ``(out, in, height, width)`` float32."""
-        out, inputs, height, width = self.shape
-        blocks = len(self.starts) - 1
-        dense = torch.zeros(blocks, inputs, height * width, self.block)
-        dense[self._blocks(), self.places.to(torch.int64)] = self.values
-        return dense.permute(0, 3, 1, 2).reshape(blocks * self.block, inputs, height, width)[:out].contiguous()
-
-    def validate(self, name: str = "convolution") -> None:
-        """Check every part against every other.
-
-        Raises
-        ------
-        CheckpointError
-            If counts, lengths or indices contradict each other, so that a kernel would read where nothing is.
-        """
-        problem = self._problem()
-        if problem:
-            raise CheckpointError(f"{name} (blocked kernels) is broken: {problem}; make or fetch it again")
+    def expand(self) -> Tensor:  # noqa: D102
+        _, inputs, height, width = self.shape
+        dense = torch.zeros(self.blocks, inputs, height * width, self.block)
+        dense[self._block_of_each(), self.places.to(torch.int64)] = self.values.float()
+        return ungroup_channels(dense, self.shape)
 
     def _problem(self) -> str | None:
-        if self.block not in BLOCKS:
-            return f"its blocks have {self.block} channels, possible are {', '.join(map(str, BLOCKS))}"
-        if len(self.shape) != 4 or min(self.shape[:2]) < 0 or min(self.shape[2:]) < 1:
-            return f"its shape is {tuple(self.shape)}, which is no (out, in, height, width)"
-        out, inputs, height, width = self.shape
-        blocks, count = -(-out // self.block), len(self.places)
-        expected = {
-            "starts": ((blocks + 1,), torch.int64),
-            "places": ((count,), torch.int32),
-            "values": ((count, height * width, self.block), torch.float32),
+        _, inputs, height, width = self.shape
+        count = len(self.places)
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "starts": ((self.blocks + 1,), (torch.int64,)),
+            "places": ((count,), (torch.int32,)),
+            "values": ((count, height * width, self.block), STORED),
         }
-        for part, tensor in self.tensors().items():
-            shape, dtype = expected[part]
-            if (tuple(tensor.shape), tensor.dtype) != (shape, dtype) or not tensor.is_contiguous():
-                return f"its {part} are {tuple(tensor.shape)} {tensor.dtype} instead of {shape} {dtype}"
-        if int(self.starts[0]) or int(self.starts[-1]) != count or bool((self.starts.diff() < 0).any()):
-            return f"its starts do not rise from 0 to the {count} channels that are kept"
-        if count and not 0 <= int(self.places.min()) <= int(self.places.max()) < inputs:
-            return f"a place is outside 0 … {inputs - 1} ({int(self.places.min())} … {int(self.places.max())})"
-        if not bool(((self.places.diff() > 0) | (self._blocks().diff() > 0)).all()):
+        problem = self._part_problem(expected) or starts_problem(self.starts, count)
+        problem = problem or places_problem(self.places, inputs)
+        if problem is None and not bool(((self.places.diff() > 0) | (self._block_of_each().diff() > 0)).all()):
             return "the places of a block do not rise"
-        return None
+        return problem
 
-    def _blocks(self) -> Tensor:
+    def _block_of_each(self) -> Tensor:
         """The block of every kept channel, ``(n,)``."""
-        return torch.arange(len(self.starts) - 1).repeat_interleave(self.starts.diff())
+        return torch.arange(self.blocks).repeat_interleave(self.starts.diff())
 
     def convolve(
         self,
@@ -211,7 +151,8 @@ class BlockedKernels:
         Parameters
         ----------
         x
-            ``(batch, in, height, width)``, float32 or bfloat16, on the CPU.
+            ``(batch, in, height, width)``, float32, bfloat16 or float16, on the CPU. With kernels larger than 1 × 1,
+            float32 images with the channels last are read as they are.
         bias
             ``(out,)``, of any floating dtype.
         window
@@ -231,90 +172,94 @@ class BlockedKernels:
         ConfigurationError
             If shape, dtype or device of `x` or `bias` do not fit, or the bounds are no interval.
         """
-        window = _STILL if window is None else window
-        low, high = (-math.inf, math.inf) if bounds is None else bounds
-        size = self._check(x, bias, window, (low, high))
-        if not available() or 0 in (len(x), *self.shape[:2]):
-            return reference(x, self.expand(), bias, window, (low, high))
-        wide = x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
-        result = torch.empty((len(x), self.shape[0], *size))
-        self._run(wide, self._padded(bias), window, (low, high), result, threads or torch.get_num_threads())
+        window, bounds = window or STILL, bounds or UNBOUNDED
+        out, inputs, *kernel = self.shape
+        check_images(x, inputs, bias, out, bounds)
+        batch, _, height, width = x.shape
+        plan = moves(window, (height, width), (kernel[0], kernel[1]))
+        if not available() or 0 in (batch, out, inputs):
+            return convolve_densely(x, self.expand(), bias, window, bounds)
+        # the first layer of a network may read its images with the channels last, since it copies them anyway
+        last = not (plan.pointwise or x.is_contiguous()) and x.is_contiguous(memory_format=torch.channels_last)
+        pixel = inputs if last and x.dtype == torch.float32 else 1
+        wide, added = x if pixel > 1 else as_floats(x), self.padded_bias(bias)
+        result = torch.empty((batch, out, *plan.output))
+        source, target, moved = wide.data_ptr(), result.data_ptr(), plan.numbers
+        weight = (*self._addresses, 0 if added is None else added.data_ptr(), *bounds)
+        run, threads = native().convolution, threads or torch.get_num_threads()
+        image, positions = 4 * inputs * height * width, plan.output[0] * plan.output[1]
+        taken = batch if plan.pointwise else max(1, 4 * _CHUNK // image)
+        for first in range(0, batch, taken):
+            count = min(taken, batch - first)
+            strip = strip_width(self.block, count * positions, inputs if plan.pointwise else 1)
+            read, written = source + first * image, target + 4 * first * out * positions
+            run(*weight, read, pixel, count, height, width, *plan.output, *moved, written, strip, threads)
         return result if x.dtype == torch.float32 else result.to(x.dtype)
 
-    def _check(self, x: Tensor, bias: Tensor | None, window: Window, bounds: tuple[float, float]) -> tuple[int, int]:
-        out, inputs, *kernel = self.shape
-        if x.ndim != 4 or x.shape[1] != inputs or x.dtype not in _INPUTS or x.device.type != "cpu":
-            raise ConfigurationError(
-                f"x is {tuple(x.shape)} {x.dtype} on {x.device}; give (batch, {inputs}, height, width) in float32 or "
-                f"bfloat16 on the CPU"
-            )
-        if bias is not None and bias.shape != (out,):
-            raise ConfigurationError(f"bias is {tuple(bias.shape)}; {out} output channels take ({out},)")
-        if not bounds[0] <= bounds[1]:
-            raise ConfigurationError(f"bounds are {bounds}; give the smaller one first")
-        size = window.output_size(x.shape[2:], kernel)
-        if min(size) < 1:
-            raise ConfigurationError(f"images of {tuple(x.shape[2:])} are smaller than kernels of {tuple(kernel)}")
-        return size
-
-    def _padded(self, bias: Tensor | None) -> Tensor | None:
-        """A bias for the channels of every block."""
-        if bias is None:
-            return None
-        if self.shape[0] % self.block == 0 and bias.dtype == torch.float32:
-            return bias.detach().contiguous()
-        wide = torch.zeros((len(self.starts) - 1) * self.block)
-        wide[: self.shape[0]] = bias.detach()
-        return wide
-
-    def _run(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        window: Window,
-        bounds: tuple[float, float],
-        result: Tensor,
-        threads: int,
-    ) -> None:
-        out, inputs, *kernel = self.shape
-        plain = kernel == [1, 1] and (window is _STILL or window == _STILL)
-        taken = len(x) if plain else max(1, _CHUNK // max(1, inputs * x.shape[2] * x.shape[3]))
-        size, positions = result.shape[2:], result.shape[2] * result.shape[3]
-        weight = (out, inputs, self.block, self.starts.data_ptr(), self.places.data_ptr(), self.values.data_ptr())
-        moves = (*kernel, *window.stride, *window.padding, *window.dilation)
-        for first in range(0, len(x), taken):
-            count = min(taken, len(x) - first)
-            source = x.data_ptr() + first * x.stride(0) * x.element_size()
-            target = result.data_ptr() + first * result.stride(0) * result.element_size()
-            native().convolution(
-                *(*weight, 0 if bias is None else bias.data_ptr(), *bounds),
-                *(source, count, *x.shape[2:], *size, *moves, target),
-                *(strip_width(self.block, count * positions), threads),
-            )
+    @cached_property
+    def _addresses(self) -> tuple[int, ...]:
+        """Sizes, and where the parts lie, as the compiled kernel takes them."""
+        values, half = self.values.data_ptr(), self.values.dtype == torch.float16
+        parts = (self.starts.data_ptr(), self.places.data_ptr(), 0 if half else values, values if half else 0)
+        return (*self.shape[:2], self.block, *parts)
 
 
-def strip_width(block: int, positions: int) -> int:
+@lru_cache(maxsize=4096)  # layers ask for the same again and again
+def strip_width(block: int, positions: int, inputs: int = 1) -> int:
     """How many vectors of sixteen positions are worked on at a time, so that the last strip is as full as the others.
 
-    A strip is as wide as registers allow, next to the channels of a block.
+    A strip is as wide as registers allow, next to the channels of a block, and no wider than its inputs fit into the
+    second cache over all channels.
     """
     vectors = -(-positions // 16)
     most = 8 if block == 1 else 6 if block <= 4 else 3
+    most = min(most, max(1, _STRIP // (16 * inputs)))
     needed = -(-vectors // -(-vectors // most))
     return next(width for width in _WIDTHS if width >= needed)
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    window: Window | None = None,
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Tensor:
-    """The same with torch alone: a dense convolution in float32, then the bounds."""
-    window = _STILL if window is None else window
-    wide = None if bias is None else bias.detach().float()
-    dense = torch.nn.functional.conv2d(
-        x.detach().float(), weight.float(), wide, window.stride, window.padding, window.dilation
-    )
-    return dense.clamp(*bounds).to(x.dtype)
+def group_channels(weight: Tensor, block: int, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bring the output channels of a block side by side.
+
+    Parameters
+    ----------
+    weight
+        ``(out, in, height, width)`` or ``(out, in)``.
+    block
+        Output channels that share a list.
+    kept
+        ``(⌈out / block⌉, in)`` bool; by default what is not wholly zero.
+
+    Returns
+    -------
+    Tensor
+        ``(⌈out / block⌉, in, height · width, block)`` float32.
+    Tensor
+        `kept`.
+
+    Raises
+    ------
+    ConfigurationError
+        If they do not fit together.
+    """
+    weight = dense_kernels(weight)
+    check_block(block)
+    out, inputs, height, width = weight.shape
+    blocks = -(-out // block)
+    padded = torch.zeros(blocks * block, inputs, height * width)
+    padded[:out] = weight.detach().cpu().flatten(2)
+    grouped = padded.view(blocks, block, inputs, height * width).permute(0, 2, 3, 1)
+    needed = (grouped != 0).flatten(2).any(2)
+    kept = needed if kept is None else kept.cpu()
+    if kept.shape != (blocks, inputs) or kept.dtype != torch.bool:
+        raise ConfigurationError(f"kept is {tuple(kept.shape)} {kept.dtype}; give {(blocks, inputs)} bool")
+    if bool((needed & ~kept).any()):
+        raise ConfigurationError("a weight is not zero where nothing is kept; apply the mask to the weight first")
+    return grouped, kept
+
+
+def ungroup_channels(grouped: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The inverse of :func:`group_channels`: ``(out, in, height, width)``, without what filled up the last block."""
+    out, inputs, height, width = shape
+    blocks, block = len(grouped), grouped.shape[3]
+    return grouped.permute(0, 3, 1, 2).reshape(blocks * block, inputs, height, width)[:out].contiguous()

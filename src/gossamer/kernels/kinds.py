@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.kernels.bitmask import BitmaskMatrix
+from gossamer.kernels.blocks import BlockMatrix, CsrMatrix, EightRowMatrix, FourRowMatrix, SixteenRowMatrix
 from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GROUP, GroupMatrix
 from gossamer.kernels.matrix import PackedMatrix
@@ -20,6 +21,10 @@ MATRICES: dict[str, type[PackedMatrix]] = {
     "bitmask": BitmaskMatrix,
     "groups": GroupMatrix,
     "nibbles": NibbleMatrix,
+    "csr": CsrMatrix,
+    "blocks4": FourRowMatrix,
+    "blocks8": EightRowMatrix,
+    "blocks16": SixteenRowMatrix,
 }
 #: every name that a part of some kind of matrix has
 PARTS = ("bits", "values", "starts", "scales", "places", "words", "zeros", "offsets")
@@ -41,13 +46,14 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
         ``(rows, columns)``, float32, bfloat16 or float16.
     kind
         ``dense`` keeps every weight, ``bitmask`` those that are not zero, ``groups`` the 1×16 groups that are not
-        wholly zero, ``nibbles`` every weight in four bits.
+        wholly zero, ``nibbles`` every weight in four bits, ``csr`` the weights that are not zero with their columns,
+        ``blocks4``, ``blocks8`` and ``blocks16`` the blocks of so many rows and one column that are not wholly zero.
     format
-        What a value is, such as ``bfloat16`` or ``int8``; by default the weight's dtype, and ``int4`` for the last two
-        kinds, which know no other.
+        What a value is, such as ``bfloat16`` or ``int8``; by default the weight's dtype, and ``int4`` for ``groups``
+        and ``nibbles``, which know no other.
     group
         Columns that share a scale: for ``dense`` and ``bitmask`` by default a whole row, for ``nibbles`` 32. Groups
-        always have 16.
+        always have 16, and ``csr`` and blocks whole rows.
 
     Raises
     ------
@@ -60,6 +66,10 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
         raise ConfigurationError(f"kind is {kind!r}; it must be one of {', '.join(MATRICES)}")
     if kind in ("dense", "bitmask"):
         return MATRICES[kind].from_dense(weight, format, group=group)  # type: ignore[attr-defined]
+    if issubclass(MATRICES[kind], BlockMatrix):
+        if group is not None:
+            raise ConfigurationError(f"group is {group}; {kind} has one scale for each row")
+        return MATRICES[kind].from_dense(weight, format)  # type: ignore[attr-defined]
     if format not in (None, "int4"):
         raise ConfigurationError(f"format is {format!r}; {kind} are always int4")
     if kind == "nibbles":

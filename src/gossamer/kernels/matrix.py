@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ class PackedMatrix(ABC):
             )
         if bias is not None and bias.shape != (rows,):
             raise ConfigurationError(f"bias is {tuple(bias.shape)}; a matrix of {rows} rows takes ({rows},)")
-        flat = x.detach().reshape(-1, columns)
+        flat = x.detach().reshape(math.prod(x.shape[:-1]), columns)
         if len(flat) and (flat.stride(1) != 1 or flat.stride(0) < columns) and columns > 1:
             flat = flat.contiguous()
         outputs = flat.new_empty(len(flat), rows)

@@ -1,4 +1,4 @@
-"""N:M masks by compiled code."""
+"""The highest scores of rows by compiled code: of many short ones, as N:M masks need it, and of long ones."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 from gossamer.core.selection import use_compiled
 from gossamer.kernels.native import available, native
 
+_LONG = 1 << 12  # scores of a row from which on counting digits is faster than a partition
+
 
 def keep_highest_of_rows(scores: Tensor, dropped: int) -> Tensor | None:
-    """Mask of the highest scores of every short row, of equal ones the later.
+    """Mask of the highest scores of every row, of equal ones the later.
 
     Parameters
     ----------
@@ -30,6 +32,9 @@ def keep_highest_of_rows(scores: Tensor, dropped: int) -> Tensor | None:
     scores = scores.detach().contiguous()
     keep = torch.empty(rows, m, dtype=torch.bool)
     threads = torch.get_num_threads()
+    if m >= _LONG and 0 < dropped < m:
+        native().keep_highest_of_long_rows(rows, m, dropped, scores.data_ptr(), keep.data_ptr(), threads)
+        return keep
     return keep if native().keep_highest(rows, m, dropped, scores.data_ptr(), keep.data_ptr(), threads) else None
 
 

@@ -92,9 +92,9 @@ def python_source(size: int, training: int, held_out: int, length: int, classes:
         If the installation holds too little source.
     """
     generator = np.random.default_rng(seed)
-    labelled, others = _read(Path(sysconfig.get_paths()["stdlib"]))
+    labelled, others = read_sources(Path(sysconfig.get_paths()["stdlib"]))
     chosen = [p for p in PACKAGES if sum(map(len, labelled[p])) >= _SHORTEST_PACKAGE][:classes]
-    files = [_split(file)[0] for package in chosen for file in labelled[package]]
+    files = [split_file(file)[0] for package in chosen for file in labelled[package]]
     files += [file for package in set(PACKAGES).difference(chosen) for file in labelled[package]] + others
     files.sort()
     text = b"\n".join(files[index] for index in generator.permutation(len(files)))[:size]
@@ -103,7 +103,7 @@ def python_source(size: int, training: int, held_out: int, length: int, classes:
             f"the standard library of this Python has {len(text)} bytes of source and {len(chosen)} long packages; "
             f"{size} and {classes} are needed: install Python with its source files"
         )
-    parts = {package: tuple(zip(*map(_split, labelled[package]))) for package in chosen}
+    parts = {package: tuple(zip(*map(split_file, labelled[package]))) for package in chosen}
     return PythonSource(
         text=torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64)),
         training=_draw([parts[p][0] for p in chosen], training // classes, length, generator),
@@ -112,7 +112,8 @@ def python_source(size: int, training: int, held_out: int, length: int, classes:
     )
 
 
-def _read(root: Path) -> tuple[dict[str, list[bytes]], list[bytes]]:
+def read_sources(root: Path) -> tuple[dict[str, list[bytes]], list[bytes]]:
+    """Files of a library: of each of the labelled packages, and all others, in alphabetical order."""
     labelled: dict[str, list[bytes]] = {package: [] for package in PACKAGES}
     others: list[bytes] = []
     for path in sorted(root.rglob("*.py")):
@@ -123,7 +124,8 @@ def _read(root: Path) -> tuple[dict[str, list[bytes]], list[bytes]]:
     return labelled, others
 
 
-def _split(file: bytes) -> tuple[bytes, bytes]:
+def split_file(file: bytes) -> tuple[bytes, bytes]:
+    """The part of a file to learn from, and the end of it that is held out."""
     cut = int(len(file) * (1 - _HELD_OUT))
     return file[:cut], file[cut:]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import CheckpointError
+from gossamer.papers.statistics import mean_interval
 from gossamer.report.markdown import flat, table
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks" / "results.json"
@@ -15,6 +16,9 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks" / "results.json"
 
 QUALITY = BENCHMARKS.with_name("quality.json")
 """What ``python -m benchmarks.pruning_quality`` writes."""
+
+TRAINING = BENCHMARKS.with_name("training.json")
+"""What ``python -m benchmarks.training_quality`` writes."""
 
 DECODE = BENCHMARKS.with_name("decode.json")
 """What ``python -m benchmarks.decode`` writes."""
@@ -117,6 +121,50 @@ def decode_table(results: Path = DECODE) -> str:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{results} is damaged ({error!r}); run `python -m benchmarks.decode` again") from error
     return "\n".join(parts)
+
+
+def training_table(results: Path = TRAINING) -> str:
+    """Return the Markdown section on sparse training, empty if there are no figures.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    if not results.is_file():
+        return ""
+    try:
+        found = json.loads(results.read_text())
+        settings, cells = found["settings"], found["results"]
+        dense = cells["dense, 0"]
+        names = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in cells if name != "dense, 0"))
+        sparsities = list(dict.fromkeys(name.rsplit(", ", 1)[1] for name in cells if name != "dense, 0"))
+        rows = [(name, *(_trained(cells[f"{name}, {s}"], dense) for s in sparsities)) for name in names]
+        about = (
+            f"Accuracy on held-out digits, {len(dense)} seeds, 95 % intervals, and behind it the training operations "
+            f"as a share of dense training. A network of {' × '.join(map(str, settings['widths']))}, "
+            f"{settings['steps']} steps of {settings['batch']} images for all; dense: {_accuracy(dense)}. "
+            f"`python -m benchmarks.training_quality` measures it and prints the report cards.\n"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{results} is damaged ({error!r}); run `python -m benchmarks.training_quality` again"
+        ) from error
+    columns = ("method", *(f"{float(s):.0%} zero" for s in sparsities))
+    picture = "![Accuracy over sparsity](training-quality.png)\n"
+    return "\n".join(["## Sparse training\n", about, table(columns, rows), picture])
+
+
+def _accuracy(seeds: Mapping[str, Any]) -> str:
+    found = mean_interval([result["quality"] for result in seeds.values()])
+    return f"{found.mean:.2%} ± {found.high - found.mean:.2%}"
+
+
+def _trained(seeds: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    def operations(results: Mapping[str, Any]) -> float:
+        return sum(result["cost"]["training_flops"] for result in results.values()) / len(results)
+
+    return f"{_accuracy(seeds)}, {operations(seeds) / operations(dense):.0%}"
 
 
 _DECODE_COLUMNS = ("", "MB", "nats", "tokens/s", "× Hugging Face bf16", "× llama.cpp, packaged", "of limit", "free")

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.blocks import FORMATS as BLOCK_FORMATS
 from gossamer.kernels.groups import GROUP
 from gossamer.kernels.kinds import pack
 from gossamer.kernels.native import available, instruction_set
@@ -30,7 +31,9 @@ _BEYOND_CACHE = 96 << 20  # bytes of weights that a contender goes through befor
 _COPIES = 24
 _STEP = 0.05  # layers whose densities differ by less are alike
 _DECIMALS = 2
+_DOUBT = 0.97  # medians of the same work differ by this much
 _FOUR_BIT_GROUP = 64  # a row is too long for fifteen steps
+CSR_PAYS = 0.3  # share of the weights; a bit for every weight is read faster from some 0.1 on, but not by many vectors
 GROUPS_PAY = 0.9  # a stored group takes a quarter more than one of a dense matrix in four bits
 
 
@@ -73,6 +76,9 @@ class Case:
         Vectors at a time.
     groups
         Share of the 1×16 groups in which a weight is not zero.
+    block
+        Height of the blocks of one column that the weight is made of: see
+        :func:`gossamer.kernels.blocks.block_height`.
     """
 
     rows: int
@@ -81,13 +87,15 @@ class Case:
     dtype: torch.dtype
     batch: int = 1
     groups: float = 1.0
+    block: int = 1
 
     @property
     def key(self) -> str:
         """Text that is equal for cases that are alike."""
         name = str(self.dtype).removeprefix("torch.")
         density, groups = f"{_coarse(self.density):.{_DECIMALS}f}", f"{_coarse(self.groups):.{_DECIMALS}f}"
-        return f"{self.rows}x{self.columns} {density} {groups} {name} {self.batch}"
+        blocks = f" blocks of {self.block}" if self.block > 1 else ""
+        return f"{self.rows}x{self.columns} {density} {groups} {name} {self.batch}{blocks}"
 
 
 def _coarse(share: float) -> float:
@@ -126,7 +134,12 @@ class Choices:
 
 
 def candidates(
-    formats: Sequence[str], dtype: torch.dtype, group: int | None = None, groups: float = 1.0
+    formats: Sequence[str],
+    dtype: torch.dtype,
+    group: int | None = None,
+    groups: float = 1.0,
+    density: float = 1.0,
+    block: int = 1,
 ) -> list[Storage]:
     """Return every way to keep a weight in one of the formats; what torch does itself comes first.
 
@@ -140,6 +153,10 @@ def candidates(
         For whole numbers: columns that share a scale.
     groups
         Share of the 1×16 groups in which a weight is not zero; where some are empty, storing groups is a way as well.
+    density
+        Share of the weights that are not zero; where they are few, storing each with its column is a way as well.
+    block
+        Height of the blocks of one column that the weight is made of; from four on, storing these is a way as well.
 
     Raises
     ------
@@ -160,9 +177,25 @@ def candidates(
         else:
             found.append(Storage("dense", format, grouped))
         found.append(Storage("bitmask", format, grouped))
+        if format in BLOCK_FORMATS and grouped is None:
+            found += [Storage("csr", format)] if density <= CSR_PAYS else []
+            found += [Storage(f"blocks{block}", format)] if block > 1 else []
     if not found:
         raise ConfigurationError(f"nothing keeps {plain} weights as {', '.join(formats)} without compiled kernels")
     return found
+
+
+def fastest(seconds: Mapping[Storage, float]) -> Storage:
+    """Return the storage that takes least time; what torch does itself, unless another is faster beyond doubt.
+
+    Parameters
+    ----------
+    seconds
+        Storage → seconds of one product.
+    """
+    best = min(seconds, key=seconds.__getitem__)
+    plain = next((storage for storage in seconds if storage.kind == "plain"), best)
+    return best if seconds[best] <= _DOUBT * seconds[plain] else plain
 
 
 def measure_storages(case: Case, storages: Sequence[Storage], repeats: int = 5) -> dict[Storage, float]:
@@ -192,6 +225,9 @@ def measure_storages(case: Case, storages: Sequence[Storage], repeats: int = 5) 
 
 def _random_weight(case: Case, generator: torch.Generator) -> Tensor:
     weight = torch.randn(case.rows, case.columns, generator=generator)
+    if case.block > 1:
+        blocks = torch.rand(-(-case.rows // case.block), case.columns, generator=generator) < case.density
+        return weight * blocks.repeat_interleave(case.block, 0)[: case.rows]
     groups = torch.rand(case.rows, -(-case.columns // GROUP), generator=generator) < case.groups
     kept = groups.repeat_interleave(GROUP, 1)[:, : case.columns]
     within = case.density / case.groups if case.groups else 0.0

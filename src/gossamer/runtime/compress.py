@@ -8,15 +8,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core.progress import track
 from gossamer.errors import ConfigurationError, TargetError
+from gossamer.kernels.blocks import block_height
 from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.kinds import group_density, pack
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.native import available
-from gossamer.runtime.choice import GROUPS_PAY, Case, Choices, Storage, candidates
+from gossamer.runtime.choice import GROUPS_PAY, Case, Choices, Storage, candidates, fastest
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -148,12 +149,11 @@ def compress(
     for name, layer in track(list(layers.items()), "choosing kernels", enabled=progress):
         if layer is output:
             continue
-        storages = _storages(layer, format, group)
-        report.layers.append(_replace(model, name, layer, storages, chosen, batch))
+        report.layers.append(_replace(model, name, layer, format, group, chosen, batch))
     name = next((name for name, layer in layers.items() if layer is output), None)
     if name is not None and output is not None:
-        storages = _storages(output, None if head == "keep" else head, group)
-        report.layers.append(_replace(model, name, output, storages, chosen, batch))
+        wanted = None if head == "keep" else head
+        report.layers.append(_replace(model, name, output, wanted, group, chosen, batch))
     return report
 
 
@@ -194,19 +194,27 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _storages(layer: nn.Linear, format: str | None, group: int | None) -> list[Storage]:
-    """What a layer may be kept as, given what its weights may become."""
-    dtype = layer.weight.dtype
-    own = str(dtype).removeprefix("torch.")
+def _case(weight: Tensor, batch: int) -> Case:
+    """What is measured for a weight."""
+    rows, columns = weight.shape
+    density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
+    block = block_height(weight) if density < 1 else 1
+    return Case(rows, columns, density, weight.dtype, batch, group_density(weight), block)
+
+
+def _storages(weight: Tensor, case: Case, format: str | None, group: int | None) -> list[Storage]:
+    """What a weight may be kept as, given what its values may become."""
+    zeros = (case.groups, case.density, case.block)
     if format is not None:
-        return candidates([format], dtype, group, group_density(layer.weight.detach()))
+        return candidates([format], case.dtype, group, *zeros)
+    own = str(case.dtype).removeprefix("torch.")
     # a weight that bfloat16 can hold loses nothing there
-    exact = dtype == torch.float32 and torch.equal(layer.weight, layer.weight.bfloat16().float())
-    found = candidates([own, "bfloat16"] if exact else [own], dtype)
-    return [*found, Storage("groups", "int4")] if _lies_on_groups(layer.weight.detach()) else found
+    exact = case.dtype == torch.float32 and torch.equal(weight, weight.bfloat16().float())
+    found = candidates([own, "bfloat16"] if exact else [own], case.dtype, None, *zeros)
+    return [*found, Storage("groups", "int4")] if _lies_on_groups(weight) else found
 
 
-def _lies_on_groups(weight: torch.Tensor) -> bool:
+def _lies_on_groups(weight: Tensor) -> bool:
     """Whether 1×16 groups in four bits, as GQSA makes them, hold a weight bit for bit."""
     if not available() or group_density(weight) > GROUPS_PAY or not torch.isfinite(weight).all():
         return False
@@ -214,14 +222,19 @@ def _lies_on_groups(weight: torch.Tensor) -> bool:
 
 
 def _replace(
-    model: nn.Module, name: str, layer: nn.Linear, storages: list[Storage], choices: Choices, batch: int
+    model: nn.Module,
+    name: str,
+    layer: nn.Linear,
+    format: str | None,
+    group: int | None,
+    choices: Choices,
+    batch: int,
 ) -> LayerChoice:
     weight = layer.weight.detach()
-    rows, columns = weight.shape
-    density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
-    case = Case(rows, columns, density, weight.dtype, batch, group_density(weight))
+    case = _case(weight, batch)
+    storages = _storages(weight, case, format, group)
     seconds = choices.seconds(case, storages)
-    best = min(storages, key=seconds.__getitem__)
+    best = fastest(seconds)
     before = after = weight.numel() * weight.element_size()
     if best.kind != "plain":
         packed = pack(weight, best.kind, best.format, best.group)
@@ -229,7 +242,7 @@ def _replace(
         _tie(model, layer, packed)
         model.set_submodule(name, SparseLinear(packed, layer.bias, weight.dtype))
     times = {str(storage): seconds[storage] for storage in storages}
-    return LayerChoice(name, (rows, columns), density, str(best), before, after, times)
+    return LayerChoice(name, (case.rows, case.columns), case.density, str(best), before, after, times)
 
 
 def _tie(model: nn.Module, layer: nn.Linear, packed: PackedMatrix) -> None:

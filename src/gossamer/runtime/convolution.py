@@ -2,8 +2,9 @@
 
 Elsen, Dukhan, Gale and Simonyan, 2020, arXiv 1911.09723, section 3: only 1 × 1 convolutions are sparse, and whole
 kernels for groups of channels (Xu et al., 2023, arXiv 2310.19509); the first convolution and depthwise ones stay dense,
-but run in the same layout where that is faster. Everything keeps the usual layout of images, so that nothing is
-converted in between; normalisation is folded into the convolutions before it, and a ReLU behind one becomes part of it.
+but run in the same layout where that is faster, and a sparse classifier is packed too. Everything keeps the usual
+layout of images, so that nothing is converted in between; normalisation is folded into the convolutions before it, and
+a ReLU behind one becomes part of it.
 """
 
 from __future__ import annotations
@@ -11,23 +12,32 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gossamer.core.progress import track
-from gossamer.errors import ModelError, TargetError
-from gossamer.kernels.convolution import BLOCKS
+from gossamer.errors import ConfigurationError, ModelError, TargetError
+from gossamer.kernels.images import BLOCKS
 from gossamer.kernels.native import available
 from gossamer.measure import interleave
-from gossamer.runtime.convolution_layers import DepthwiseConv2d, SparseConv2d, is_depthwise, natural_block, packable
+from gossamer.runtime.convolution_layers import (
+    FORMATS,
+    DepthwiseConv2d,
+    SparseConv2d,
+    is_depthwise,
+    natural_block,
+    packable,
+)
+from gossamer.storage.layers import SparseLinear
 
 _FEW_CHANNELS = 4
+_FEW_ROWS = 4  # the smallest block of a linear layer that has a kernel
 
 _BOUNDS: dict[Any, tuple[float, float]] = {
     nn.ReLU: (0.0, math.inf),
@@ -53,7 +63,9 @@ class ConvolutionChoice:
     density
         Share of its weights that are not zero.
     kernel
-        What runs it: ``"dense"`` is torch, ``"depthwise"`` our own, and ``"blocks of n"`` a :class:`SparseConv2d`.
+        What runs it: ``"dense"`` is torch, ``"depthwise"`` our own, ``"blocks of n"`` a :class:`SparseConv2d`, if need
+        be with the format of its weights. Linear layers run as the kind of a
+        :class:`~gossamer.storage.layers.SparseLinear`: ``"bitmask"``, ``"csr"`` or ``"blocks16"``, for instance.
     seconds
         Kernel → seconds, as measured.
     """
@@ -75,7 +87,7 @@ class ConvolutionReport:
     model
         The network for inference.
     layers
-        One entry for each convolution that could have been replaced.
+        One entry for each convolution, and each sparse linear layer, that could have been replaced.
     """
 
     model: nn.Module
@@ -84,7 +96,7 @@ class ConvolutionReport:
     @property
     def sparse(self) -> int:
         """How many run with less than all weights."""
-        return sum(layer.kernel.startswith("blocks") and layer.density < 1 for layer in self.layers)
+        return sum(layer.kernel != "dense" and layer.density < 1 for layer in self.layers)
 
     def __str__(self) -> str:
         kernels = Counter(layer.kernel for layer in self.layers)
@@ -95,6 +107,7 @@ def compress_convolutions(
     model: nn.Module,
     example: Tensor,
     *,
+    formats: Sequence[str] = ("float32",),
     smallest_sparsity: float = 0.25,
     measured: bool = True,
     measure: Callable[[dict[str, Callable[[], object]]], dict[str, float]] | None = None,
@@ -108,8 +121,11 @@ def compress_convolutions(
         A convolutional network that torch.fx can trace; it is not changed.
     example
         Images as they will come, ``(batch, channels, height, width)``; every layer is measured on what it reads then.
+    formats
+        What packed weights may become: of ``float32``, ``float16`` and ``int8``. The last two are not exact, and with
+        ``int8`` the inputs of a convolution are rounded as well. If nothing is measured, the first is taken.
     smallest_sparsity
-        Convolutions with a smaller share of zeros are left alone, but for a first one that reads at most four
+        Layers with a smaller share of zeros are left alone, but for a first one that reads at most four
         channels: if measured, it may run dense in blocks of 16.
     measured
         Whether a convolution is replaced only where that is faster here; otherwise all depthwise ones and all that are
@@ -125,24 +141,31 @@ def compress_convolutions(
         If the model cannot be traced.
     TargetError
         If it has no convolution that could be replaced.
+    ConfigurationError
+        If a format is unknown.
     """
+    if not formats or not set(formats) <= set(FORMATS):
+        raise ConfigurationError(f"formats are {', '.join(formats) or 'none'}; choose from {', '.join(FORMATS)}")
     traced = fold_normalisation(model)
     clamps = _absorb_clamps(traced)
     inputs = _inputs(traced, example)
-    candidates = {name: module for name, module in traced.named_modules() if _replaceable(module) and name in inputs}
-    if not candidates:
+    candidates = {name: traced.get_submodule(name) for name in inputs}
+    if not any(isinstance(module, nn.Conv2d) for module in candidates.values()):
         raise TargetError("the example reaches no convolution over all channels, or over one, padded with zeros")
     timer = _interleaved if measure is None else measure
     report = ConvolutionReport(traced)
-    for name, conv in track(list(candidates.items()), "choosing kernels", enabled=progress):
-        density = float(torch.count_nonzero(conv.weight)) / conv.weight.numel()
-        bounds = clamps.get(name)
-        options = _options(conv, 1 - density >= smallest_sparsity, bounds, measured)
-        seconds = _measure(conv, options, bounds, inputs[name], timer) if measured and options else {}
+    for name, layer in track(list(candidates.items()), "choosing kernels", enabled=progress):
+        weight = cast("Tensor", layer.weight)
+        density = float(torch.count_nonzero(weight)) / weight.numel()
+        bounds, sparse = clamps.get(name), 1 - density >= smallest_sparsity
+        if isinstance(layer, nn.Linear) and not sparse:
+            continue
+        options = _options(layer, sparse, bounds, measured, formats)
+        seconds = _measure(layer, options, bounds, inputs[name], timer) if measured and options else {}
         kernel = min(seconds, key=seconds.__getitem__) if seconds else next(iter(options), "dense")
-        traced.set_submodule(name, options.get(kernel) or _dense(conv, bounds))
-        shape = tuple(conv.weight.shape)
-        report.layers.append(ConvolutionChoice(name, shape, tuple(inputs[name].shape), density, kernel, seconds))
+        traced.set_submodule(name, options.get(kernel) or _dense(layer, bounds))
+        sizes = tuple(weight.shape), tuple(inputs[name].shape)
+        report.layers.append(ConvolutionChoice(name, *sizes, density, kernel, seconds))
     return report
 
 
@@ -198,7 +221,7 @@ def _absorb_clamps(traced: fx.GraphModule) -> dict[str, tuple[float, float]]:
 
 
 def _inputs(traced: fx.GraphModule, example: Tensor) -> dict[str, Tensor]:
-    """What each convolution reads."""
+    """What each convolution and linear layer reads, in the order of the modules."""
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -207,14 +230,15 @@ def _inputs(traced: fx.GraphModule, example: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    handles = [m.register_forward_pre_hook(note(name)) for name, m in traced.named_modules() if _replaceable(m)]
+    layers = {name: m for name, m in traced.named_modules() if _replaceable(m) or type(m) is nn.Linear}
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in layers.items()]
     try:
         with torch.no_grad():
             traced(example)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return {name: found[name] for name in layers if name in found}
 
 
 def _replaceable(module: nn.Module) -> bool:
@@ -222,41 +246,53 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 def _options(
-    conv: nn.Conv2d, sparse: bool, bounds: tuple[float, float] | None, measured: bool
-) -> dict[str, SparseConv2d | DepthwiseConv2d]:
-    """What could stand for a convolution: blocks of its own size and, if they are measured, single channels."""
+    layer: nn.Module, sparse: bool, bounds: tuple[float, float] | None, measured: bool, formats: Sequence[str]
+) -> dict[str, nn.Module]:
+    """What could stand for a layer: blocks of its own size and, if they are measured, single channels."""
     if not available():
         return {}
-    if is_depthwise(conv):
-        return {"depthwise": DepthwiseConv2d.from_conv(conv, bounds)}
-    blocks = []
+    if isinstance(layer, nn.Linear):
+        natural = natural_block(layer.weight)
+        named = f"blocks{natural}" if natural >= _FEW_ROWS else "bitmask"
+        storages = dict.fromkeys([named, "bitmask", "csr"] if measured else [named])
+        return {name: SparseLinear.from_linear(layer, name) for name in storages}
+    if is_depthwise(layer):
+        return {"depthwise": DepthwiseConv2d.from_conv(layer, bounds)}
+    conv = cast("nn.Conv2d", layer)
+    blocks, kinds = [], list(formats) if measured else [formats[0]]
     if sparse and conv.in_channels > 3:
         natural = natural_block(conv.weight)
         blocks = sorted({1, natural}) if measured else [natural]
     elif measured and conv.in_channels <= _FEW_CHANNELS:
         blocks = [BLOCKS[-1]]
-    return {f"blocks of {block}": SparseConv2d.from_conv(conv, block, bounds) for block in blocks}
+    return {
+        f"blocks of {block}" + (f" in {kind}" if kind != "float32" else ""): SparseConv2d.from_conv(
+            conv, block, bounds, kind
+        )
+        for block in blocks
+        for kind in kinds
+    }
 
 
 def _measure(
-    conv: nn.Conv2d,
+    layer: nn.Module,
     options: Mapping[str, nn.Module],
     bounds: tuple[float, float] | None,
     x: Tensor,
     timer: Callable[[dict[str, Callable[[], object]]], dict[str, float]],
 ) -> dict[str, float]:
-    runs: dict[str, Callable[[], object]] = {"dense": partial(_dense(conv, bounds), x)}
-    runs |= {name: partial(layer, x) for name, layer in options.items()}
+    runs: dict[str, Callable[[], object]] = {"dense": partial(_dense(layer, bounds), x)}
+    runs |= {name: partial(option, x) for name, option in options.items()}
     with torch.no_grad():
         return timer(runs)
 
 
-def _dense(conv: nn.Conv2d, bounds: tuple[float, float] | None) -> nn.Module:
-    """Torch's own convolution, with its clamp behind it again."""
+def _dense(layer: nn.Module, bounds: tuple[float, float] | None) -> nn.Module:
+    """Torch's own layer, with its clamp behind it again."""
     if bounds is None:
-        return conv
+        return layer
     clamp = nn.Hardtanh(*bounds, inplace=True) if math.isfinite(bounds[1]) else nn.ReLU(inplace=True)
-    return nn.Sequential(conv, clamp)
+    return nn.Sequential(layer, clamp)
 
 
 def _interleaved(runs: dict[str, Callable[[], object]]) -> dict[str, float]:

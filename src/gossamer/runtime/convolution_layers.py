@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.kernels.convolution import BLOCKS, BlockedKernels, Window
-from gossamer.kernels.convolution_operators import blocked_convolution, depthwise_convolution, moves_of
+from gossamer.kernels.convolution import BlockedKernels
+from gossamer.kernels.convolution_bytes import ByteKernels
+from gossamer.kernels.convolution_operators import depthwise_convolution, moves_of, stored_convolution
 from gossamer.kernels.depthwise import depthwise
+from gossamer.kernels.images import BLOCKS, UNBOUNDED, StoredKernels, Window
 
-_UNBOUNDED = (-math.inf, math.inf)
+FORMATS = ("float32", "float16", "int8")
 
 
 class SparseConv2d(nn.Module):
     """A convolution with packed kernels and, if wanted, the clamp that follows it.
 
-    What is stored appears in ``state_dict()`` under the names of its parts, and stays float32 whatever dtype a model
+    What is stored appears in ``state_dict()`` under the names of its parts, and keeps its dtype whatever dtype a model
     around it is moved to.
 
     Parameters
@@ -33,6 +34,8 @@ class SparseConv2d(nn.Module):
         Stride, padding and dilation.
     bounds
         Smallest and largest result, such as ``(0, 6)``; by default none.
+    inputs
+        For weights in bytes: smallest and largest input that is expected; by default those of each image.
 
     Examples
     --------
@@ -43,43 +46,67 @@ class SparseConv2d(nn.Module):
 
     def __init__(
         self,
-        kernels: BlockedKernels,
+        kernels: StoredKernels,
         bias: Tensor | None = None,
         window: Window | None = None,
         bounds: tuple[float, float] | None = None,
+        inputs: tuple[float, float] | None = None,
     ):
         super().__init__()
-        self.shape, self.block = kernels.shape, kernels.block
-        self.window, self.bounds = Window() if window is None else window, bounds
-        self.starts: Tensor
-        self.places: Tensor
-        self.values: Tensor
+        self.kind, self.shape, self.block = type(kernels), kernels.shape, kernels.block
+        self.window, self.bounds, self.inputs = Window() if window is None else window, bounds, inputs
         self.bias: nn.Parameter | None
         for name, tensor in kernels.tensors().items():
             self.register_buffer(name, tensor)
+        self._ready: StoredKernels | None = None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
 
     @classmethod
     def from_conv(
-        cls, conv: nn.Conv2d, block: int | None = None, bounds: tuple[float, float] | None = None
+        cls,
+        conv: nn.Conv2d,
+        block: int | None = None,
+        bounds: tuple[float, float] | None = None,
+        format: str = "float32",
+        inputs: tuple[float, float] | None = None,
     ) -> SparseConv2d:
         """Pack a convolution over all channels; by default in the largest blocks that store nothing in excess.
+
+        Parameters
+        ----------
+        conv
+            The convolution.
+        block
+            Output channels that share a list of kept inputs.
+        bounds, inputs
+            As for the class.
+        format
+            What weights become: ``"float32"``, ``"float16"`` or ``"int8"``; with the last, inputs are rounded too.
 
         Raises
         ------
         ConfigurationError
-            If it has groups, pads with anything but zeros, or the block is unknown.
+            If it has groups, pads with anything but zeros, or block or format are unknown.
         """
         if not packable(conv):
             raise ConfigurationError(f"{conv} cannot be packed; it needs one group and zeros as padding, in numbers")
+        if format not in FORMATS:
+            raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
         chosen = natural_block(conv.weight) if block is None else block
-        window = window_of(conv)
-        return cls(BlockedKernels.from_dense(conv.weight, chosen), conv.bias, window, bounds)
+        kernels: StoredKernels
+        if format == "int8":
+            kernels = ByteKernels.from_dense(conv.weight, chosen)
+        else:
+            kernels = BlockedKernels.from_dense(conv.weight, chosen, dtype=getattr(torch, format))
+        return cls(kernels, conv.bias, window_of(conv), bounds, inputs)
 
     @property
-    def kernels(self) -> BlockedKernels:
+    def kernels(self) -> StoredKernels:
         """What is stored; it shares its memory with the module."""
-        return BlockedKernels(self.shape, self.block, self.starts, self.places, self.values)
+        if self._ready is None:
+            parts: dict[str, Any] = dict(self.named_buffers(recurse=False))
+            self._ready = self.kind(self.shape, self.block, **parts)  # type: ignore[call-arg]
+        return self._ready
 
     @property
     def weight(self) -> Tensor:
@@ -89,9 +116,12 @@ class SparseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, in, height, width)`` to ``(batch, out, height', width')``; gradients go to `x` alone."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            low, high = self.bounds or _UNBOUNDED
-            about = (list(self.shape), self.block, moves_of(self.window), low, high)
-            return blocked_convolution(x, self.bias, self.starts, self.places, self.values, *about)
+            parts = [tensor for _, tensor in self.named_buffers(recurse=False)]
+            limits = [*(self.bounds or UNBOUNDED), *(self.inputs or ())]
+            return stored_convolution(x, self.bias, parts, list(self.shape), self.block, moves_of(self.window), limits)
+        if self.inputs is not None and self.kind is ByteKernels:
+            bytes_ = cast("ByteKernels", self.kernels)
+            return bytes_.convolve(x, self.bias, self.window, self.bounds, values=self.inputs)
         return self.kernels.convolve(x, self.bias, self.window, self.bounds)
 
     def to_conv(self) -> nn.Conv2d:
@@ -107,33 +137,38 @@ class SparseConv2d(nn.Module):
         return conv
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseConv2d:
-        before = self.values
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.values.dtype != before.dtype:  # kernels read float32, whatever the rest of a model becomes
-            self.values = before.to(self.values.device)
+        for name, tensor in before.items():  # kernels read what was stored, whatever the rest of a model becomes
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        self._ready = None
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         names = [name for name, _ in self.named_buffers(recurse=False)]
         if all(prefix + name in state_dict for name in names):
             parts = {name: state_dict[prefix + name] for name in names}
-            BlockedKernels(self.shape, self.block, **parts).validate(prefix.rstrip(".") or "convolution")
+            self.kind(self.shape, self.block, **parts).validate(prefix.rstrip(".") or "convolution")  # type: ignore[call-arg]
             for name, tensor in parts.items():  # another mask has other sizes
                 setattr(self, name, torch.empty_like(tensor))
+        self._ready = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Say sizes and what is stored."""
         out, inputs, height, width = self.shape
-        kernels = self.kernels
         clamp = "" if self.bounds is None else f", clamped to {self.bounds}"
-        return f"{inputs}, {out}, {height} × {width}, blocks of {self.block}, {kernels.density:.1%} stored{clamp}"
+        dtype = str(next(t for name, t in self.named_buffers(recurse=False) if name == "values").dtype)
+        stored = f"{self.kernels.density:.1%} stored in {dtype.removeprefix('torch.')}"
+        return f"{inputs}, {out}, {height} × {width}, blocks of {self.block}, {stored}{clamp}"
 
 
 class DepthwiseConv2d(nn.Module):
-    """A dense depthwise convolution and, if wanted, the clamp that follows it, in the layout of the sparse ones.
+    """A depthwise convolution and, if wanted, the clamp that follows it, in the layout of the sparse ones.
 
-    Its ``state_dict()`` is that of the convolution it came from.
+    Its ``state_dict()`` is that of the convolution it came from; weights that are zero are left out of the sums.
 
     Parameters
     ----------
@@ -176,7 +211,7 @@ class DepthwiseConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, channels, height, width)`` to ``(batch, channels, height', width')``; gradients go to `x` alone."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            low, high = self.bounds or _UNBOUNDED
+            low, high = self.bounds or UNBOUNDED
             return depthwise_convolution(x, self.bias, self.weight, moves_of(self.window), low, high)
         return depthwise(x, self.weight, self.bias, self.window, self.bounds)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import ModelError
 from gossamer.kernels.bitmask import BitmaskMatrix
+from gossamer.kernels.blocks import BlockMatrix
 from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.matrix import PackedMatrix
@@ -18,7 +19,13 @@ from gossamer.kernels.nibbles import NibbleMatrix
 Pack = Callable[[str, Tensor], PackedMatrix | None]
 
 _LANES = 16
-_KINDS: dict[type[PackedMatrix], int] = {DenseMatrix: 1, BitmaskMatrix: 2, GroupMatrix: 3, NibbleMatrix: 4}
+_KINDS: dict[type[PackedMatrix], tuple[int, tuple[str, ...]]] = {
+    DenseMatrix: (1, ("values", "scales")),
+    BitmaskMatrix: (2, ("bits", "values", "starts", "scales")),
+    GroupMatrix: (3, ("starts", "places", "words", "scales", "zeros")),
+    NibbleMatrix: (4, ("words", "scales", "offsets")),
+    BlockMatrix: (5, ("starts", "places", "values", "scales")),
+}
 _ADDRESSES = 5
 
 
@@ -29,13 +36,13 @@ class StoredWeight:
     Attributes
     ----------
     kind
-        1 dense, 2 bitmask, 3 groups, 4 four-bit dense.
+        1 dense, 2 bitmask, 3 groups, 4 four-bit dense, 5 blocks of one column.
     rows, columns
         Outputs and inputs.
     value
-        Number of what a value is, for the first two kinds.
+        Number of what a value is, for the kinds that have values.
     group
-        Columns that share a scale; 0 where there are none.
+        Columns that share a scale; 0 where there are none. For blocks their height.
     tensors
         In the order of the kind's structure in ``kernels.hpp`` and ``steps.hpp``; None where one is missing.
     bias
@@ -71,20 +78,17 @@ def describe(matrix: PackedMatrix, bias: Tensor | None = None) -> StoredWeight:
     ModelError
         If there is no compiled kernel for this class of matrices.
     """
-    kind = _KINDS.get(type(matrix))
-    if kind is None:
+    known = next((about for cls, about in _KINDS.items() if isinstance(matrix, cls)), None)
+    if known is None:
         raise ModelError(f"{type(matrix).__name__} has no compiled kernel; pack the layer in another storage")
+    kind, order = known
     parts = matrix.tensors()
     rows, columns = matrix.shape
-    value = 0
-    if kind in (1, 2):
-        order: tuple[str, ...] = ("values", "scales") if kind == 1 else ("bits", "values", "starts", "scales")
-        value = INT4 if matrix.format == "int4" else VALUE_CODES[parts["values"].dtype]
-    else:
-        order = ("starts", "places", "words", "scales", "zeros") if kind == 3 else ("words", "scales", "offsets")
+    value = INT4 if matrix.format == "int4" else VALUE_CODES[parts["values"].dtype]
+    group = matrix.height if isinstance(matrix, BlockMatrix) else int(getattr(matrix, "group", 0))
     tensors: tuple[Tensor | None, ...] = tuple(parts.get(name) for name in order)
     wide = None if bias is None else bias.detach().float().contiguous()
-    return StoredWeight(kind, rows, columns, value, int(getattr(matrix, "group", 0)), tensors, wide)
+    return StoredWeight(kind, rows, columns, value, group, tensors, wide)
 
 
 def describe_module(module: nn.Module, name: str, pack: Pack | None) -> StoredWeight:

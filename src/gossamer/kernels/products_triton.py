@@ -1,0 +1,260 @@
+"""Products with packed matrices on a GPU, in Triton: bitmasks, four-bit dense, single weights and blocks of one column.
+
+One program makes the outputs of one row, panel or band for one vector: it goes through what is stored there from the
+first column to the last, so that a product always repeats to the bit. Weights of which nothing is stored are left out;
+an infinite or NaN input does not reach the outputs through them. Groups of 1 × 16 are in
+:mod:`gossamer.kernels.groups_triton`, where rows of very different lengths share programs.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError, MissingDependencyError
+from gossamer.kernels.bitmask import BitmaskMatrix
+from gossamer.kernels.blocks import BlockMatrix
+from gossamer.kernels.groups_triton import available
+from gossamer.kernels.matrix import PackedMatrix
+from gossamer.kernels.nibbles import NibbleMatrix
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the package works without it
+    triton = None
+
+_PANEL = 16  # rows of a program for four-bit weights
+
+
+def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ matrix.T + bias`` on the device of `x`, where the parts of the matrix must be as well.
+
+    Parameters
+    ----------
+    matrix
+        ``(rows, columns)``: a bitmask, four-bit dense, or of blocks of one column, single weights among them.
+    x
+        ``(…, columns)``, any floating dtype. Sums are formed in float32, and inputs are not rounded.
+    bias
+        ``(rows,)``.
+
+    Returns
+    -------
+    Tensor
+        ``(…, rows)`` in the dtype of `x`.
+
+    Raises
+    ------
+    MissingDependencyError
+        If Triton is not installed.
+    ConfigurationError
+        If `x` does not fit the matrix, or there is no Triton version for its kind.
+    """
+    if not available():
+        raise MissingDependencyError("triton", "gpu", "a sparse product on a GPU")
+    rows, columns = matrix.shape
+    device = next(iter(matrix.tensors().values())).device
+    if x.shape[-1:] != (columns,) or not x.is_floating_point() or x.device != device:
+        raise ConfigurationError(
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device}; a matrix of {rows} × {columns} on {device} takes "
+            f"(…, {columns}) floating-point numbers there"
+        )
+    launch: Callable[..., None] | None = next((r for kind, r in _LAUNCHES.items() if isinstance(matrix, kind)), None)
+    if launch is None:
+        raise ConfigurationError(f"{type(matrix).__name__} has no Triton version here; pack the layer as a bitmask")
+    flat = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
+    outputs = torch.zeros(len(flat), rows, dtype=torch.float32, device=device)
+    if outputs.numel() and columns:
+        launch(matrix, flat, outputs)
+    if bias is not None:
+        outputs += bias.float()
+    return outputs.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _launch_bitmask(matrix: BitmaskMatrix, x: Tensor, outputs: Tensor) -> None:
+    rows, columns = matrix.shape
+    scaled = matrix.scales is not None
+    _bitmask_rows[(rows, len(x))](
+        matrix.bits,
+        matrix.values,
+        matrix.starts,
+        matrix.scales if scaled else matrix.starts,  # any address: it is not read
+        x,
+        outputs,
+        rows,
+        columns,
+        matrix.bits.shape[1],
+        matrix.group if scaled else 64,
+        SCALED=scaled,
+        NIBBLES=matrix.format == "int4",
+        WORDS=16,
+    )
+
+
+def _launch_nibbles(matrix: NibbleMatrix, x: Tensor, outputs: Tensor) -> None:
+    rows, columns = matrix.shape
+    offsets = matrix.offsets is not None
+    _nibble_panels[(-(-rows // _PANEL), len(x))](
+        matrix.words,
+        matrix.scales,
+        matrix.offsets if offsets else matrix.scales,
+        x,
+        outputs,
+        rows,
+        columns,
+        matrix.words.shape[1],
+        matrix.scales.shape[1],
+        matrix.group // 8,
+        OFFSETS=offsets,
+        PANEL=_PANEL,
+        CHUNK=32,
+    )
+
+
+def _launch_blocks(matrix: BlockMatrix, x: Tensor, outputs: Tensor) -> None:
+    rows, columns = matrix.shape
+    scaled, narrow = matrix.scales is not None, matrix.places.dtype == torch.uint16
+    _block_bands[(len(matrix.starts) - 1, len(x))](
+        matrix.starts,
+        matrix.places.view(torch.int16) if narrow else matrix.places,
+        matrix.values,
+        matrix.scales if scaled else matrix.starts,
+        x,
+        outputs,
+        rows,
+        columns,
+        SCALED=scaled,
+        NARROW=narrow,
+        HEIGHT=matrix.height,
+        CHUNK=256 // matrix.height,
+    )
+
+
+_LAUNCHES: dict[type[PackedMatrix], Callable[[Any, Tensor, Tensor], None]] = {
+    BitmaskMatrix: _launch_bitmask,
+    NibbleMatrix: _launch_nibbles,
+    BlockMatrix: _launch_blocks,
+}
+
+
+if triton is not None:
+
+    @triton.jit
+    def _bitmask_rows(
+        bits,
+        values,
+        starts,
+        scales,
+        inputs,
+        outputs,
+        rows,
+        columns,
+        width,
+        group,
+        SCALED: tl.constexpr,
+        NIBBLES: tl.constexpr,
+        WORDS: tl.constexpr,
+    ):
+        row, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        runs = (columns + group - 1) // group
+        following = tl.load(starts + row)
+        lane = tl.arange(0, 64)
+        total = tl.zeros((WORDS, 64), dtype=tl.float32)
+        for first in range(0, width, WORDS):
+            number = first + tl.arange(0, WORDS)
+            word = tl.load(bits + row * width + number, mask=number < width, other=0)
+            kept = ((word[:, None] >> lane[None, :].to(tl.int64)) & 1).to(tl.int32)
+            counts = tl.sum(kept, 1)
+            before = tl.cumsum(counts, 0) - counts  # values of the words before, and of the bits before in a word
+            at = following + before[:, None] + tl.cumsum(kept, 1) - kept
+            there = kept != 0
+            if NIBBLES:
+                pair = tl.load(values + at // 2, mask=there, other=0).to(tl.int32)
+                code = (pair >> ((at % 2) * 4).to(tl.int32)) & 15
+                weight = tl.where(code > 7, code - 16, code).to(tl.float32)
+            else:
+                weight = tl.load(values + at, mask=there, other=0).to(tl.float32)
+            column = number[:, None] * 64 + lane[None, :]
+            if SCALED:
+                weight *= tl.load(scales + row * runs + column // group, mask=there, other=0)
+            x = tl.load(inputs + vector * columns + column, mask=there, other=0).to(tl.float32)
+            total += weight * x
+            following += tl.sum(counts, 0)
+        tl.store(outputs + vector * rows + row, tl.sum(tl.sum(total, 1), 0))
+
+    @triton.jit
+    def _nibble_panels(
+        words,
+        scales,
+        offsets,
+        inputs,
+        outputs,
+        rows,
+        columns,
+        width,
+        runs,
+        words_of_run,
+        OFFSETS: tl.constexpr,
+        PANEL: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        panel, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        lane = tl.arange(0, PANEL)
+        total = tl.zeros((CHUNK, PANEL), dtype=tl.float32)
+        for first in range(0, width, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            there = (number < width)[:, None] & (lane >= 0)[None, :]
+            word = tl.load(words + (panel * width + number[:, None]) * PANEL + lane[None, :], mask=there, other=0)
+            grid = (panel * runs + (number // words_of_run)[:, None]) * PANEL + lane[None, :]
+            scale = tl.load(scales + grid, mask=there, other=0).to(tl.float32)
+            offset = -8.0 * scale
+            if OFFSETS:
+                offset = tl.load(offsets + grid, mask=there, other=0).to(tl.float32)
+            for i in tl.static_range(8):
+                code = (word >> (8 * (i % 4) + 4 * (i // 4))) & 15
+                column = number * 8 + i
+                x = tl.load(inputs + vector * columns + column, mask=column < columns, other=0).to(tl.float32)
+                total += (scale * code.to(tl.float32) + offset) * x[:, None]
+        row = panel * PANEL + lane
+        tl.store(outputs + vector * rows + row, tl.sum(total, 0), mask=row < rows)
+
+    @triton.jit
+    def _block_bands(
+        starts,
+        places,
+        values,
+        scales,
+        inputs,
+        outputs,
+        rows,
+        columns,
+        SCALED: tl.constexpr,
+        NARROW: tl.constexpr,
+        HEIGHT: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        band, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        low, high = tl.load(starts + band), tl.load(starts + band + 1)
+        lane = tl.arange(0, HEIGHT)
+        total = tl.zeros((CHUNK, HEIGHT), dtype=tl.float32)
+        for first in range(low, high, CHUNK):
+            block = first + tl.arange(0, CHUNK)
+            there = block < high
+            place = tl.load(places + block, mask=there, other=0).to(tl.int32)
+            if NARROW:
+                place = place & 0xFFFF
+            x = tl.load(inputs + vector * columns + place, mask=there, other=0).to(tl.float32)
+            within = there[:, None] & (lane >= 0)[None, :]
+            weight = tl.load(values + block[:, None] * HEIGHT + lane[None, :], mask=within, other=0).to(tl.float32)
+            total += weight * x[:, None]
+        row = band * HEIGHT + lane
+        found = tl.sum(total, 0)
+        if SCALED:
+            found = found * tl.load(scales + row, mask=row < rows, other=0)
+        tl.store(outputs + vector * rows + row, found, mask=row < rows)
