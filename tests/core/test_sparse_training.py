@@ -100,6 +100,21 @@ def test_masks_hold_after_every_step_of_every_optimizer(optimizer, method, net, 
     assert run.finalize().violations(net) == {}
 
 
+def test_memory_that_is_loaded_from_a_dense_run_does_not_move_masked_weights(net, batch):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        one_step(net, optimizer, batch)
+    dense = copy.deepcopy(optimizer.state_dict())
+    run = Static(sparsity=0.7).attach(net, optimizer)
+    one_step(net, optimizer, batch)
+    optimizer.load_state_dict(dense)
+    for _ in range(3):
+        one_step(net, optimizer, batch)
+        assert set(zeros_of(net, run).values()) == {0}
+        for name, target in run.targets.items():
+            assert not optimizer.state[target.parameter]["momentum_buffer"][~run.mask(name)].any()
+
+
 def test_masks_hold_under_an_optimizer_that_moves_everything(net, batch):
     optimizer = Everywhere(net.parameters())
     run = Static(sparsity=0.7).attach(net, optimizer)

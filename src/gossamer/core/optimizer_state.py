@@ -13,6 +13,12 @@ from torch import Tensor, nn
 #: what the optimisers of torch call running squares, maxima and sums of gradients
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta"})
 
+#: optimisers under which a weight stays zero whose gradient and memory are zero, whatever they decay
+KEEP_ZEROS = frozenset(
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
+)
+
 
 def per_weight(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """What the optimiser holds for every single weight of a parameter: name → tensor of its shape."""

@@ -51,8 +51,12 @@ class Site(ABC):
         """Change the mask, and what the optimiser remembers; None if that is loaded from elsewhere."""
 
     @abstractmethod
-    def hold(self) -> None:
-        """Zero what a step may have moved."""
+    def hold(self, moved: bool = True) -> None:
+        """Zero what a step may have moved; without `moved` it has moved nothing, and that is only noted."""
+
+    @abstractmethod
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the optimiser remember nothing of what is not there."""
 
     @abstractmethod
     def release(self) -> None:
@@ -141,10 +145,15 @@ class MaskedWeight(Site):
             grown = mask & ~before
             repair(optimizer, self.parameter, before & ~mask, grown, self._active - int(grown.count_nonzero()))
 
-    def hold(self) -> None:  # noqa: D102
-        if self.active < self.parameter.numel():
+    def hold(self, moved: bool = True) -> None:  # noqa: D102
+        if moved and self.active < self.parameter.numel():
             mask_(self.parameter.detach(), self._bits)
         self._version = self.parameter._version
+
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: D102
+        if self.active < self.parameter.numel():
+            for value in per_weight(optimizer, self.parameter).values():
+                mask_(value, self._bits)
 
     def release(self) -> None:  # noqa: D102
         self._hook.remove()
@@ -183,8 +192,11 @@ class StoredNonzeros(Site):
         if optimizer is not None:
             rearrange(optimizer, self.parameter, old, source)
 
-    def hold(self) -> None:
+    def hold(self, moved: bool = True) -> None:
         """There is nothing that could have moved."""
+
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """There is nothing to be remembered."""
 
     def release(self) -> None:  # noqa: D102
         self.collect(False)

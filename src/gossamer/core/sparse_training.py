@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.core.masks import MaskSet, pack_bits
+from gossamer.core.optimizer_state import KEEP_ZEROS
 from gossamer.core.sparse_sites import MaskedWeight, StoredNonzeros
 from gossamer.core.sparsifier import Phase, Sparsifier
 from gossamer.core.targets import Target
@@ -58,7 +59,10 @@ class SparseTraining(Topology):
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_post_hook(self._memory_loaded),
         ]
+        self._moves_zeros = type(optimizer) not in KEEP_ZEROS
+        self._clean = False
         self._attached = True
         try:
             if state is None:
@@ -81,7 +85,14 @@ class SparseTraining(Topology):
 
     # ------------------------------------------------------------------------------------------ hooks
 
+    def _memory_loaded(self, *_: Any) -> None:
+        self._clean = False
+
     def _before_step(self, *_: Any) -> None:
+        if not self._clean:  # by now masks are loaded as well, in whatever order that was done
+            for site in self._sites.values():
+                site.forget(self.optimizer)
+            self._clean = True
         # whatever averages gradients over ranks writes to them after they have been masked
         if ranks() > 1:
             for site in self._sites.values():
@@ -91,7 +102,7 @@ class SparseTraining(Topology):
     def _after_step(self, *_: Any) -> None:
         self.step += 1
         for site in self._sites.values():
-            site.hold()
+            site.hold(self._moves_zeros)
         if ranks() > 1 and self.method.wants_gradient(self.step):
             for site in self._sites.values():
                 _average(site.gradient())
