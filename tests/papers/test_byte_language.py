@@ -87,7 +87,7 @@ def pairs(monkeypatch):
     files = {package: [] for package in docstrings_module.PACKAGES}
     many = b"".join(SOURCE.replace(b"number", b"number %d" % i) for i in range(120))
     files["http"] = [many]
-    monkeypatch.setattr(docstrings_module, "_read", lambda root: (files, [SOURCE.replace(b"all", b"none")]))
+    monkeypatch.setattr(docstrings_module, "read_sources", lambda root: (files, [SOURCE.replace(b"all", b"none")]))
     docstrings_module._pairs.cache_clear()
     yield docstrings(1000, 1000, 90, ("http",), 0)
     docstrings_module._pairs.cache_clear()

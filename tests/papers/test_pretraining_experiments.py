@@ -57,7 +57,7 @@ def few_files(monkeypatch):
     files = {package: [library(package.encode(), 24)] for package in docstrings_module.PACKAGES}
     others = [library(b"other", 1)]
     for module in ("docstrings", "python_source"):
-        monkeypatch.setattr(f"gossamer.papers.{module}._read", lambda root: (files, others))
+        monkeypatch.setattr(f"gossamer.papers.{module}.read_sources", lambda root: (files, others))
     docstrings_module._pairs.cache_clear()
     yield
     docstrings_module._pairs.cache_clear()
