@@ -121,6 +121,7 @@ def cards(known: dict[str, Any]) -> list[str]:
 
 def draw(known: dict[str, Any], file: Path) -> None:
     """Accuracy over sparsity, a line for each method, with 95 % intervals."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,12 +134,22 @@ def draw(known: dict[str, Any], file: Path) -> None:
     axis.axhspan(dense.low, dense.high, color="#bbbbbb", alpha=0.5, label="dense")
     places = range(len(SPARSITIES))
     names = (*METHODS, SMALL)
+    colours = colormaps["tab20"].colors
     for number, name in enumerate(names):
         found = [mean_interval([r["quality"] for r in known[f"{name}, {s:g}"].values()]) for s in SPARSITIES]
         middle = [each.mean for each in found]
         ends = [[m - each.low for m, each in zip(middle, found)], [each.high - m for m, each in zip(middle, found)]]
         shift = [place + 0.045 * (number - len(names) / 2) for place in places]
-        axis.errorbar(shift, middle, ends, marker="osD^vPX*<>hd"[number], capsize=2, linewidth=1, label=name)
+        axis.errorbar(
+            shift,
+            middle,
+            ends,
+            color=colours[number],
+            marker="osD^vPX*<>hd"[number],
+            capsize=2,
+            linewidth=1,
+            label=name,
+        )
     axis.set(xlabel="sparsity", ylabel="accuracy", ylim=(0.8, None))
     axis.set_xticks(list(places), [f"{s:.0%}" for s in SPARSITIES])
     axis.legend(fontsize=8)
