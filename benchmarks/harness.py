@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gossamer.errors import ConfigurationError
 from gossamer.measure import Timing, describe_machine, interleave, ratio
 from gossamer.storage.atomic import write_json
 
@@ -55,6 +56,8 @@ class Row:
         Of `ours`, `theirs` and `limit`.
     note
         What must be known beside the figures, such as the quality of both results.
+    group
+        What many cases have in common; the documentation then sums them up in a row.
     """
 
     operation: str
@@ -72,6 +75,7 @@ class Row:
     rounds: int = 1
     unit: str = "s"
     note: str = ""
+    group: str = ""
 
 
 def compare(
@@ -83,10 +87,11 @@ def compare(
     bar: float,
     limit: float | None = None,
     repeats: int = 7,
+    group: str = "",
 ) -> Row:
     """Time both, taking turns. `limit` is the shortest possible time in seconds, where there is one to state."""
     timings = interleave({"ours": ours, "theirs": theirs}, repeats=repeats)
-    return paired(operation, case, timings["ours"], peer, timings["theirs"], bar, limit)
+    return paired(operation, case, timings["ours"], peer, timings["theirs"], bar, limit, group=group)
 
 
 def paired(
@@ -98,6 +103,7 @@ def paired(
     bar: float,
     limit: float | None = None,
     note: str = "",
+    group: str = "",
 ) -> Row:
     """A row from times that were measured in turns."""
     faster = ratio(theirs, ours)
@@ -116,6 +122,7 @@ def paired(
         fraction_of_limit=limit / ours.median if limit else None,
         rounds=ours.repeats,
         note=note,
+        group=group,
     )
 
 
@@ -146,18 +153,37 @@ def main(measure: Callable[[Options], list[Row]]) -> None:
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with llm-compressor")
     parser.add_argument("--merge", action="store_true", help="keep the rows of the file that are not measured now")
     arguments = parser.parse_args()
+    merged = arguments.json if arguments.merge else None
+    machine = describe_machine()
+    earlier = earlier_rows(merged, machine, arguments.quick) if merged else []
     rows = measure(Options(arguments.quick, arguments.peer_python))
     show(rows)
     if arguments.json:
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        content = {"date": today, "machine": describe_machine(), "quick": arguments.quick}
-        kept = earlier_rows(arguments.json, rows) if arguments.merge else []
-        write_json(arguments.json, {**content, "rows": [*kept, *map(asdict, rows)]})
+        content = {"date": today, "machine": machine, "quick": arguments.quick}
+        measured = {row.operation for row in rows}
+        kept = [row for row in earlier if row["operation"] not in measured]
+        fresh = [{**asdict(row), "date": today} for row in rows]
+        write_json(arguments.json, {**content, "rows": [*kept, *fresh]})
 
 
-def earlier_rows(file: Path, rows: list[Row]) -> list[dict[str, Any]]:
-    """Rows of a file of figures whose operations have not been measured now, so that one benchmark can be repeated."""
+def earlier_rows(file: Path, machine: Mapping[str, Any], quick: bool) -> list[dict[str, Any]]:
+    """Rows that a file of figures has already, each with the day it was measured.
+
+    Raises
+    ------
+    ConfigurationError
+        If they were measured on another machine, or with other sizes, so that they cannot stand beside new ones.
+    """
     if not file.exists():
         return []
-    measured = {row.operation for row in rows}
-    return [row for row in json.loads(file.read_text())["rows"] if row["operation"] not in measured]
+    found = json.loads(file.read_text())
+    for part, there, here in [
+        *((part, found["machine"].get(part), machine.get(part)) for part in ("cpu", "cores", "torch_threads", "torch")),
+        ("quick", found["quick"], quick),
+    ]:
+        if there != here:
+            raise ConfigurationError(
+                f"{file} was measured with {part} = {there!r}, and this run has {here!r}; write to another file"
+            )
+    return [{"date": found["date"], **row} for row in found["rows"]]

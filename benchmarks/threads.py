@@ -6,6 +6,9 @@ the sum of its parts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 from benchmarks.harness import Options, Row, main, paired
@@ -19,31 +22,41 @@ ROUNDS = 20  # products in a measurement
 def measure(options: Options) -> list[Row]:
     """Matrices of three sizes, so that a thread waits for short and for long."""
     repeats = 3 if options.quick else 15
-    return [_row(size, repeats) for size in ((256,) if options.quick else (256, 1024, 2048))]
+    return [row for size in ((256,) if options.quick else (256, 1024, 2048)) for row in _rows(size, repeats)]
 
 
-def _row(size: int, repeats: int) -> Row:
+def _rows(size: int, repeats: int) -> list[Row]:
+    """Torch with ours, and beside it torch with torch: what the second loses too is the caches' doing."""
     weight = torch.randn(size, size)
     weight[torch.rand(size, size) < 0.5] = 0
-    ours, dense, x = BitmaskMatrix.from_dense(weight), torch.randn(size, size), torch.randn(1, size)
+    packed, x = BitmaskMatrix.from_dense(weight), torch.randn(1, size)
+    dense, other = torch.randn(size, size), torch.randn(size, size)
+    products: dict[str, Callable[[], object]] = {
+        "torch": lambda: torch.nn.functional.linear(x, dense),
+        "ours": lambda: packed.linear(x),
+        "torch again": lambda: torch.nn.functional.linear(x, other),
+    }
+    contenders = {name: _repeated(product) for name, product in products.items()}
+    for name in ("ours", "torch again"):
+        contenders[f"torch and {name}"] = _repeated(products["torch"], products[name])
+    timings = interleave(contenders, repeats=repeats)
+    library = Path(native().thread_source()).name
+    rows = []
+    for name, bar in (("ours", 0.9), ("torch again", 0.0)):
+        apart = Timing.of([a + b for a, b in zip(timings["torch"].samples, timings[name].samples)])
+        case = f"{size} × {size}, {torch.get_num_threads()} threads of {library}"
+        both = timings[f"torch and {name}"]
+        rows.append(paired(f"torch and {name} in alternation", case, both, "one after the other", apart, bar))
+    return rows
 
-    def alternate() -> None:
+
+def _repeated(*products: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
         for _ in range(ROUNDS):
-            torch.nn.functional.linear(x, dense)
-            ours.linear(x)
+            for product in products:
+                product()
 
-    def only_torch() -> None:
-        for _ in range(ROUNDS):
-            torch.nn.functional.linear(x, dense)
-
-    def only_ours() -> None:
-        for _ in range(ROUNDS):
-            ours.linear(x)
-
-    timings = interleave({"both": alternate, "torch": only_torch, "ours": only_ours}, repeats=repeats)
-    apart = Timing.of([a + b for a, b in zip(timings["torch"].samples, timings["ours"].samples)])
-    case = f"{size} × {size}, {torch.get_num_threads()} threads from {native().thread_source()}"
-    return paired("torch and ours in alternation", case, timings["both"], "one after the other", apart, 0.9)
+    return run
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from gossamer.core.sparsifier import Sparsifier
 from gossamer.measure import describe_machine
 from gossamer.measure.report_card import Run, report_card
 from gossamer.measure.training_cost import TrainingCost
-from gossamer.measure.training_ledger import TrainingLedger
 from gossamer.papers.digits import Digits, digits
-from gossamer.papers.sparse_runs import Recipe, accuracy, batches, fully_connected, optimize
+from gossamer.papers.sparse_runs import Recipe, accuracy, fully_connected, train_measured
 from gossamer.storage.atomic import write_json
 from gossamer.training.gmp import GradualMagnitudePruning
 from gossamer.training.granet import GraNet
@@ -77,16 +76,9 @@ def train(
     """Train one network and say how good it is and what it cost."""
     torch.manual_seed(seed)
     model = fully_connected(*widths)
-    optimizer = recipe.optimizer(model)
-    run = None if method is None else method.attach(model, optimizer)
-    with TrainingLedger(model, optimizer, data[0].images[: recipe.batch], run) as ledger:
-        model.train()
-        for step, batch in enumerate(batches(data[0], recipe, seed)):
-            optimize(model, optimizer, batch, recipe.learning_rate * recipe.rate(step))
-        model.eval()
-    masks = None if run is None else run.finalize()
+    masks, cost = train_measured(model, data[0], recipe, seed, method)
     kept = sum(p.numel() for p in model.parameters()) if masks is None else masks.kept
-    return {"quality": accuracy(model, data[1]), "kept": kept, "cost": ledger.cost.to_dict()}
+    return {"quality": accuracy(model, data[1]), "kept": kept, "cost": cost.to_dict()}
 
 
 def measure(known: dict[str, Any], seeds: int, recipe: Recipe, save: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer.core.nm_sparsifier import NMSparsifier
 from gossamer.core.sparsifier import Sparsifier
 from gossamer.core.targets import find_targets
 from gossamer.errors import ConfigurationError, SparsityError, TargetError
@@ -41,9 +42,10 @@ def perceptron():
     return nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-def convolutional():
-    body = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()]
-    return nn.Sequential(nn.Unflatten(1, (1, 5)), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+def convolutional(first=16, second=32):
+    body = [nn.Conv2d(1, first, 3, padding=1), nn.ReLU(), nn.Conv2d(first, second, 1), nn.ReLU()]
+    body += [nn.Conv2d(second, first, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(first, 3)]
+    return nn.Sequential(nn.Unflatten(1, (1, 5)), *body)
 
 
 @pytest.fixture
@@ -58,7 +60,13 @@ def network(name, data):
         return perceptron(), (data[0][:, 0], data[1])
     if name in ("fast-sparse-convnets", "sparsebytenn"):
         return convolutional(), data
+    if is_nm(name):  # whose groups of five the widths must divide
+        return convolutional(20, 40), data
     return Reader(), data
+
+
+def is_nm(name):
+    return issubclass(methods()[name].factory, NMSparsifier)
 
 
 def method(name, data, **more):
@@ -75,6 +83,10 @@ def method(name, data, **more):
     }
     if name == "granet":
         settings["end"] = STEPS
+    if is_nm(name):
+        settings["pattern"] = "2:5"
+    if name == "structure-decay":
+        settings["kind"] = ("4:5", "3:5", "2:5")
     if known.get("growth") == "hebbian":
         settings["growth"] = "random"
     return create(name, **{key: value for key, value in settings.items() if key in known})
@@ -106,6 +118,22 @@ class TestEverySparsifier:
         masks = run.finalize()
         assert masks.violations(net) == {}
         assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in net.parameters())
+
+    def test_it_is_what_its_taxonomy_says(self, name, data):
+        net, optimizer, run, batch = begin(name, data)
+        starts_dense, came_back = run.masks.sparsity == 0, False
+        before = run.masks
+        for _ in range(STEPS):
+            train(net, optimizer, batch, 1)
+            now = run.masks
+            came_back |= bool((now & ~before).kept)
+            before = now
+        said = methods()[name].taxonomy
+        starts = {path.split("-")[0] for path in said.path}
+        # what decides before training, or after it, is sparse as soon as it is attached
+        assert ("dense" if starts_dense else "sparse") in starts or said.timing != "during training"
+        assert came_back == (said.topology == "dynamic")
+        run.finalize()
 
     def test_the_sparsity_is_reached(self, name, data):
         net, optimizer, run, batch = begin(name, data)

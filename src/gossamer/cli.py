@@ -270,14 +270,29 @@ def report(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """All methods with their hyper-parameters."""
+def methods(
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="only these: during, static, sparse-to-sparse, gradient, …; may be repeated"),
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="only those whose zeros can take it, such as 2:4")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="say where each method stands")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """All methods, or those that stand where you say."""
     from gossamer.methods import methods as registered
 
-    specs = registered().values()
+    specs = [
+        spec
+        for spec in registered().values()
+        if all(spec.taxonomy.matches(word) for word in where or ()) and (not pattern or spec.taxonomy.takes(pattern))
+    ]
     if as_json:
-        rows = [{k: v for k, v in vars(s).items() if k != "factory"} | {"summary": s.summary} for s in specs]
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([spec.to_dict() for spec in specs], indent=1))
+        return
+    if explain:
+        for spec in specs:
+            console.print(f"[bold]{spec.name}[/bold]: {spec.taxonomy.explain()}")
         return
     table = Table("method", "room", "when", "zeros in", "what it does")
     for spec in specs:

@@ -28,6 +28,10 @@ class PatternError(ConfigurationError):
     """A pattern that cannot be read, or that does not divide the layer it is asked to prune."""
 
 
+class UnfairComparisonError(ConfigurationError):
+    """Results that cannot stand side by side: other budgets, densities or denominators, or a rival left out."""
+
+
 class UnknownNameError(GossamerError, LookupError):
     """A method, pattern, model, paper or layer that does not exist; suggests the nearest one that does."""
 

@@ -8,6 +8,7 @@ from benchmarks.harness import Options, Row, main, paired
 from benchmarks.pruning_memory import SHAPES, Peak, row
 
 from benchmarks import pruning_selection
+from gossamer.errors import ConfigurationError
 from gossamer.measure import Timing
 from gossamer.report.performance import performance_table
 
@@ -46,6 +47,42 @@ def test_the_command_line_writes_what_the_documentation_reads(tmp_path, monkeypa
     page = performance_table(file)
     assert "| work | case; a note | 1 s | peer | 2 s | 2.00 | 1 |  | 1, met |" in page
     assert "the figures mean nothing" in page
+
+
+def test_one_benchmark_is_repeated_beside_the_others(tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    command = ["benchmarks", "--json", str(file), "--merge"]
+    monkeypatch.setattr("sys.argv", command)
+    main(lambda _: [row_of("first", 2.0), row_of("second", 3.0)])
+    stored = json.loads(file.read_text())
+    for each in stored["rows"]:
+        each["date"] = "2026-01-31"
+    file.write_text(json.dumps(stored))
+    main(lambda _: [row_of("second", 4.0)])
+    rows = {row["operation"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {name: row["ratio"] for name, row in rows.items()} == {"first": 2.0, "second": 4.0}
+    assert rows["first"]["date"] == "2026-01-31" < rows["second"]["date"]
+    assert "Measured on days from 2026-01-31 to" in performance_table(file)
+
+
+@pytest.mark.parametrize("command", [["--quick"], []])
+def test_figures_of_another_machine_or_size_are_not_mixed(tmp_path, monkeypatch, command):
+    file = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--json", str(file), "--merge"])
+    main(lambda _: [row_of("first", 2.0)])
+    if not command:
+        stored = json.loads(file.read_text())
+        stored["machine"]["cpu"] = "another"
+        file.write_text(json.dumps(stored))
+    before = file.read_bytes()
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--json", str(file), "--merge", *command])
+    with pytest.raises(ConfigurationError, match="was measured with"):
+        main(lambda _: [row_of("second", 4.0)])
+    assert file.read_bytes() == before
+
+
+def row_of(operation: str, times: float) -> Row:
+    return paired(operation, "case", Timing.of([1.0]), "peer", Timing.of([times]), bar=1.0)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import NM, Unstructured
 from gossamer.core.sparse_training import SparseTraining
 from gossamer.core.sparsifier import Sparsifier, check_steps, random_masks
@@ -503,6 +505,26 @@ def test_states_of_others_are_refused_and_change_nothing(net, batch):
     assert run.masks == masks
 
 
+@pytest.mark.parametrize("part", [{"generator": torch.zeros(3, dtype=torch.uint8)}, {"step": "ten"}, {"history": [1]}])
+def test_a_damaged_state_is_refused_and_changes_nothing(net, part):
+    twin = copy.deepcopy(net)
+    run = Static(sparsity=0.5).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    masks, generator = run.masks, run.generator.get_state()
+    other = Static(sparsity=0.5, seed=1).attach(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
+    with pytest.raises(CheckpointError, match="damaged"):
+        run.load_state_dict({**other.state_dict(), **part})
+    assert run.masks == masks
+    assert torch.equal(run.generator.get_state(), generator)
+    assert run.step == 0
+
+
+def test_scores_that_are_no_numbers_are_named(net):
+    run = RigL(sparsity=0.5, end=10).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    name = next(iter(run.targets))
+    with pytest.raises(NonFiniteError, match=f"growth scores of {re.escape(name)}"):
+        run.exchange(0.5, lambda topology, target: torch.full(topology.targets[target].shape, torch.nan))
+
+
 def test_damaged_weights_and_wrong_masks_are_named(net):
     run = Sparsifier().attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(UnknownNameError, match=r"unknown sparse weight '1\.weight'"):
@@ -525,3 +547,21 @@ def test_an_error_at_the_start_lets_go_of_the_model(net):
     with pytest.raises(ConfigurationError, match="no"):
         Broken().attach(net, optimizer)
     assert isinstance(Static().attach(net, optimizer), SparseTraining)
+
+
+def test_a_given_mask_is_kept_as_it_is(net, batch):
+    masks = MaskSet({"0.weight": torch.rand(net[0].weight.shape) < 0.3})
+    run = Static(masks=masks).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert run.masks["0.weight"].equal(masks["0.weight"])
+    assert all(run.masks[name].all() for name in run.masks if name != "0.weight")
+    run.finalize()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"), [("9.weight", (2, 2), "unknown sparse weight"), ("0.weight", (2, 2), "must be")]
+)
+def test_given_masks_that_do_not_fit_are_refused(net, name, shape, message):
+    masks = MaskSet({name: torch.ones(shape, dtype=torch.bool)})
+    with pytest.raises((UnknownNameError, ConfigurationError), match=message):
+        Static(masks=masks).attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    assert not net[0].weight._post_accumulate_grad_hooks

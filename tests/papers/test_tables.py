@@ -95,6 +95,16 @@ def test_performance_page_shows_ratio_spread_limit_and_bar(tmp_path):
     assert "| peak memory | some model \\| 50% | 312.5 MB | another | 250 MB | 0.80 | 1 |  | 1, **missed** |" in page
 
 
+def test_many_shapes_become_one_row(tmp_path):
+    alike = [{**ROW, "group": "90% zero", "ratio": ratio, "met": ratio >= 1} for ratio in (0.5, 2.0, 3.0)]
+    content = {"date": "2026-01-31", "machine": {"cpu": "x"}, "quick": False, "rows": [*alike, MEMORY]}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    page = performance.performance_table(tmp_path / "results.json")
+    assert "| wanda | 90% zero; 3 shapes |  | another |  | 2.00 (0.50 to 3.00) | 3 | 40% | 1, met by 2 |" in page
+    assert page.count("| wanda |") == 1
+    assert "| peak memory |" in page
+
+
 def test_performance_page_without_figures_says_how_to_get_them(tmp_path):
     assert "run `make bench`" in performance.performance_table(tmp_path / "absent.json")
 

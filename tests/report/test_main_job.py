@@ -152,3 +152,17 @@ def test_the_lists_can_be_read_by_programs(monkeypatch, capsys):
     assert {"slug", "title", "room", "status", "entry_points", "verdict"} <= rows[0].keys()
     assert run(monkeypatch, "methods", "--json") == 0
     assert "wanda" in {row["name"] for row in json.loads(capsys.readouterr().out)}
+
+
+def test_methods_are_found_by_where_they_stand(monkeypatch, capsys):
+    assert run(monkeypatch, "methods", "--where", "during", "--where", "gradient", "--json") == 0
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"rigl", "granet"} <= found.keys()
+    assert "set" not in found
+    assert found["rigl"]["taxonomy"]["path"] == ["sparse-to-sparse"]
+    assert run(monkeypatch, "methods", "--where", "after", "--pattern", "2:4", "--explain") == 0
+    page = capsys.readouterr().out
+    assert "wanda: pruning (dense-to-sparse), static, after training" in " ".join(page.split())
+    assert "flap" not in page
+    assert run(monkeypatch, "methods", "--where", "sometime") == 2
+    assert "unknown value of an axis 'sometime'" in capsys.readouterr().err

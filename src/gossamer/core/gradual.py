@@ -42,12 +42,12 @@ class GradualPruning(Sparsifier):
         step = training.step
         if self.begin < step <= self.end and ((step - self.begin) % self.every == 0 or step == self.end):
             sparsity = Cubic(self.sparsity, self.end, begin=self.begin)(step)
-            training.assign(dict(self.masks(training.model, sparsity)))
+            training.assign(self.masks(training.model, sparsity))
 
     def finish(self, training: SparseTraining) -> None:
         """Prune to the full sparsity, if training has ended before the ramp."""
         if training.step < self.end:
-            training.assign(dict(self.masks(training.model)))
+            training.assign(self.masks(training.model))
 
     def phase(self, step: int) -> Phase:  # noqa: D102
         return "warm-up" if step < self.begin else "ramp" if step < self.end else "frozen"

@@ -38,6 +38,10 @@ class Site(ABC):
     def weight(self) -> Tensor:
         """The weights with their zeros, detached."""
 
+    def dense(self) -> Tensor:
+        """The weights with those that train although nothing computes with them; a copy."""
+        return self.weight().clone()
+
     @abstractmethod
     def gradient(self) -> Tensor | None:
         """The gradient of all weights that :meth:`collect` asked for."""
@@ -49,6 +53,12 @@ class Site(ABC):
     @abstractmethod
     def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
         """Change the mask, and what the optimiser remembers; None if that is loaded from elsewhere."""
+
+    def restore(self) -> None:  # noqa: B027
+        """Make ready for a step of the optimiser: put back what is kept aside, if anything is."""
+
+    def settle(self) -> None:  # noqa: B027
+        """Make ready for the model: keep aside again what it does not compute with, if anything."""
 
     @abstractmethod
     def hold(self, moved: bool = True) -> None:

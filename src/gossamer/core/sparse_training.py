@@ -8,7 +8,8 @@ weight; that they hold is not left to the optimiser.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.core.masks import MaskSet, pack_bits
 from gossamer.core.optimizer_state import KEEP_ZEROS
-from gossamer.core.sparse_sites import MaskedWeight, StoredNonzeros
-from gossamer.core.sparsifier import Phase, Sparsifier
+from gossamer.core.projected_weight import ProjectedWeight
+from gossamer.core.ranks import ranks
+from gossamer.core.sparse_sites import MaskedWeight, Site, StoredNonzeros
+from gossamer.core.sparsifier import Phase, Sparsifier, random_masks
 from gossamer.core.targets import Target
-from gossamer.core.topology import Topology, ranks
+from gossamer.core.topology import Topology
 from gossamer.errors import CheckpointError, ConfigurationError
 
 _FOLLOWED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -50,8 +53,8 @@ class SparseTraining(Topology):
     ):
         targets = method.targets(model)
         check_free(targets, optimizer)
-        super().__init__(targets, optimizer, method.seed)
         self.method, self.model = method, model
+        super().__init__(targets, optimizer, method.seed)
         self.extra: dict[str, Any] = {}
         self.notes: list[str] = []
         for site in self._sites.values():
@@ -78,6 +81,9 @@ class SparseTraining(Topology):
             self._record()
             self._prepare()
 
+    def _make_site(self, name: str, targets: list[Target]) -> Site:
+        return self.method.site(name, targets) or super()._make_site(name, targets)
+
     @property
     def phase(self) -> Phase:
         """What the method is doing: warm-up, ramp, explore or frozen."""
@@ -88,7 +94,13 @@ class SparseTraining(Topology):
     def _memory_loaded(self, *_: Any) -> None:
         self._clean = False
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, arguments: tuple, named: dict[str, Any]) -> None:
+        closure = named.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if closure is not None and self.projected():
+            raise ConfigurationError(
+                f"{type(self.method).__name__} cannot follow a step with a closure, which would run the model while "
+                f"its weights are dense; call backward() before step()"
+            )
         if not self._clean:  # by now masks are loaded as well, in whatever order that was done
             for site in self._sites.values():
                 site.forget(self.optimizer)
@@ -98,6 +110,9 @@ class SparseTraining(Topology):
             for site in self._sites.values():
                 if isinstance(site, MaskedWeight):
                     site.mask_gradient()
+        for site in self._sites.values():
+            site.restore()
+        self.method.prepare(self)
 
     def _after_step(self, *_: Any) -> None:
         self.step += 1
@@ -105,8 +120,11 @@ class SparseTraining(Topology):
             site.hold(self._moves_zeros)
         if ranks() > 1 and self.method.wants_gradient(self.step):
             for site in self._sites.values():
-                _average(site.gradient())
+                if not isinstance(site, ProjectedWeight):  # whose gradient is averaged with all others
+                    _average(site.gradient())
         self.method.change(self)
+        for site in self._sites.values():
+            site.settle()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -114,7 +132,32 @@ class SparseTraining(Topology):
         for site in self._sites.values():
             site.collect(wanted)
 
+    def projected(self) -> dict[str, ProjectedWeight]:
+        """Parameters of which the model computes with a part, by name."""
+        return {name: site for name, site in self._sites.items() if isinstance(site, ProjectedWeight)}
+
+    @contextmanager
+    def dense_weights(self) -> Iterator[None]:
+        """For the length of a block, let the model hold the dense weights that train, not the part it computes with.
+
+        An average over the steps is one of dense weights if it is updated within; :meth:`finalize` gives it the zeros.
+        """
+        self._check_attached()
+        for site in self._sites.values():
+            site.restore()
+        try:
+            yield
+        finally:
+            for site in self._sites.values():
+                site.settle()
+
     # ------------------------------------------------------------------------------------------ beginning, end
+
+    def start_at_random(self, sparsity: float, allocation: str) -> None:
+        """Draw the first masks, and note what the allocation could not do; see :func:`random_masks`."""
+        masks, notes = random_masks(self.targets.values(), sparsity, allocation, self.generator)
+        self.notes.extend(notes)
+        self.assign(masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything from which a run goes on exactly as if it had not stopped, besides model and optimiser."""
@@ -125,6 +168,7 @@ class SparseTraining(Topology):
             "generator": self.generator.get_state(),
             "extra": dict(self.extra),
             "history": list(self.history),
+            "dense": {name: site.state() for name, site in self.projected().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,11 +194,21 @@ class SparseTraining(Topology):
             raise CheckpointError(
                 f"the state covers other weights than the model has, first {name!r}; it is of another model"
             )
+        try:
+            step, extra = int(state["step"]), dict(state["extra"])
+            history = [(int(at), int(active)) for at, active in state["history"]]
+            self.generator.set_state(state["generator"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the state of the sparse training run is damaged: {error}") from error
+        dense = state.get("dense", {})
+        if self.projected().keys() != dense.keys():
+            raise CheckpointError("the state does not hold the dense weights that this method trains; it is of another")
+        self.step, self.extra, self.history = step, extra, history
         for name, site in self._sites.items():
-            if not torch.equal(site.bits.cpu(), pack_bits(masks[name])):
+            if isinstance(site, ProjectedWeight):
+                site.load_state(dense[name])
+            elif not torch.equal(site.bits.cpu(), pack_bits(masks[name])):
                 site.assign(masks[name], None)  # its memory may have been loaded already
-        self.step, self.extra, self.history = int(state["step"]), dict(state["extra"]), list(state["history"])
-        self.generator.set_state(state["generator"])
         self._prepare()
 
     def finalize(self, *copies: nn.Module) -> MaskSet:

@@ -7,7 +7,7 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from gossamer.core import scores
-from gossamer.core.allocation import ALLOCATIONS, Shapes, allocate, exact_counts
+from gossamer.core.allocation import Shapes, allocate, exact_counts
 from gossamer.core.patterns import Unstructured
+from gossamer.core.sparse_sites import Site
 from gossamer.core.targets import Target, find_targets
 from gossamer.errors import ConfigurationError, SparsityError, check_sparsity
 
@@ -67,6 +68,21 @@ class Sparsifier:
     def wants_gradient(self, step: int) -> bool:
         """Whether the gradient of the weights that are zero is needed at a step, counted from 1."""
         return False
+
+    def site(self, name: str, targets: Sequence[Target]) -> Site | None:
+        """How the zeros of a parameter are held; None for what is usual.
+
+        Parameters
+        ----------
+        name
+            Of the parameter.
+        targets
+            The matrices that it holds: one, or several stacked experts.
+        """
+        return None
+
+    def prepare(self, training: SparseTraining) -> None:
+        """Act before a step, when gradients are complete, clipped and unscaled; ``training.step`` have been made."""
 
     def change(self, training: SparseTraining) -> None:
         """Change masks after a step; ``training.step`` steps have been made."""
@@ -142,14 +158,17 @@ def random_masks(
     -------
     dict, list of str
         Target name → bool mask; and a sentence for every layer that the allocation leaves dense.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such allocation.
+    SparsityError
+        If a layer would be left without a weight.
     """
     found = list(targets)
     shapes: Shapes = {each.name: tuple(each.shape) for each in found}
-    if not isinstance(allocation, str) or allocation in ALLOCATIONS:
-        shares = allocate(allocation, shapes, sparsity)
-    else:
-        raise ConfigurationError(f"allocation is {allocation!r}; known are {', '.join(ALLOCATIONS)}")
-    counts = exact_counts(shares, shapes, sparsity)
+    counts = exact_counts(allocate(allocation, shapes, sparsity), shapes, sparsity)
     empty = [name for name, share in counts.items() if share == 1]
     if empty:
         raise SparsityError(
@@ -157,7 +176,7 @@ def random_masks(
             f"ask for less, exclude it, or take another allocation"
         )
     notes = [
-        f"{name} stays dense: {allocation} would give it more weights than the {shapes[name]} it has"
+        f"{name} stays dense: {allocation} makes none of its {tuple(shapes[name])} weights zero at sparsity {sparsity}"
         for name, share in counts.items()
         if sparsity > 0 and share == 0
     ]

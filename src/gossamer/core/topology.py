@@ -17,7 +17,9 @@ from gossamer.core import scores as score_functions
 from gossamer.core.masking import LazyScores
 from gossamer.core.masks import MaskSet
 from gossamer.core.patterns import Pattern, Unstructured
+from gossamer.core.projected_weight import ProjectedWeight
 from gossamer.core.randomness import generator_for
+from gossamer.core.ranks import same_everywhere
 from gossamer.core.selection import Sparsity, dropped_count, keep_highest, keep_highest_jointly
 from gossamer.core.sparse_sites import MaskedWeight, Site, StoredNonzeros
 from gossamer.core.sparse_weight import SparseWeight
@@ -54,16 +56,17 @@ class Topology:
         self._sites = self._find_sites()
 
     def _find_sites(self) -> dict[str, Site]:
-        sites: dict[str, Site] = {}
+        parts: dict[str, list[Target]] = {}
         for target in self.targets.values():
-            name = target.parameter_name
-            if name in sites:
-                continue
-            if isinstance(target.module, SparseWeight):
-                sites[name] = StoredNonzeros(name, target.module)
-            else:
-                sites[name] = MaskedWeight(name, target.parameter)
-        return sites
+            parts.setdefault(target.parameter_name, []).append(target)
+        return {name: self._make_site(name, targets) for name, targets in parts.items()}
+
+    def _make_site(self, name: str, targets: list[Target]) -> Site:
+        """How the zeros of a parameter are held, which is one target or several stacked experts."""
+        first = targets[0]
+        if isinstance(first.module, SparseWeight):
+            return StoredNonzeros(name, first.module)
+        return MaskedWeight(name, first.parameter)
 
     # ------------------------------------------------------------------------------------------ what there is
 
@@ -83,6 +86,10 @@ class Topology:
     def weight(self, name: str) -> Tensor:
         """Weights of a target, detached, zero where inactive; of a dense parameter a view that writes through."""
         return self._oriented(name, self._site(name).weight())
+
+    def dense(self, name: str) -> Tensor:
+        """Weights of a target with those that train although the model does not compute with them; a copy."""
+        return self._oriented(name, self._site(name).dense())
 
     def gradient(self, name: str) -> Tensor:
         """Gradient of all weights of a target, inactive ones included, at the step just made.
@@ -127,13 +134,31 @@ class Topology:
         Parameters
         ----------
         masks
-            Target name → bool ``(out, in, kernel…)``; targets that are not named stay as they are.
+            Target name → bool ``(out, in, kernel…)``, or a :class:`MaskSet`, whose masks are as parameters are stored.
+            What is not named stays as it is.
 
         Raises
         ------
         UnknownNameError, ConfigurationError
             If a name, shape or dtype does not fit.
         """
+        by_site = self._stored(masks) if isinstance(masks, MaskSet) else self._gathered(masks)
+        for name, whole in by_site.items():
+            self._sites[name].assign(same_everywhere(whole), self.optimizer)
+        if self.history:
+            self._record()
+
+    def _stored(self, masks: MaskSet) -> dict[str, Tensor]:
+        for name, mask in masks.items():
+            if name not in self._sites:
+                raise UnknownNameError("sparse weight", name, self._sites)
+            if mask.shape != self._sites[name].shape:
+                shape = tuple(self._sites[name].shape)
+                raise ConfigurationError(f"the mask of {name} is {tuple(mask.shape)}; it must be {shape}")
+        return dict(masks)
+
+    def _gathered(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of parameters out of masks of targets, of which several may be parts of one parameter."""
         by_site: dict[str, Tensor] = {}
         for name, mask in masks.items():
             target, site = self._target(name), self._site(name)
@@ -144,9 +169,23 @@ class Topology:
             whole = by_site.setdefault(target.parameter_name, site.mask())
             stored = mask.transpose(0, 1) if target.transposed else mask
             whole[... if target.index is None else target.index] = stored.to(whole.device)
-        for name, whole in by_site.items():
-            self._sites[name].assign(_same_everywhere(whole), self.optimizer)
-        if self.history:
+        return by_site
+
+    def project(self, patterns: Mapping[str, Pattern | None], fade: float = 0.0) -> None:
+        """Choose anew the part of dense weights that the model computes with; only :class:`ProjectedWeight` has one.
+
+        Parameters
+        ----------
+        patterns
+            Parameter name → of what is chosen by magnitude; None chooses everything.
+        fade
+            What the others are multiplied with, in [0, 1]. While it is above 0 all weights count as active.
+        """
+        for name, pattern in patterns.items():
+            site = self._sites[name]
+            assert isinstance(site, ProjectedWeight), name
+            site.choose(pattern, fade)
+        if self.history and self.history[-1][1] != sum(self.active(name) for name in self.targets):
             self._record()
 
     def prune(
@@ -213,14 +252,10 @@ class Topology:
             number = min(number, active)
             if not number > 0:
                 continue
-            left = self._highest(self._below(name, scores or magnitude), active - number)
+            left = _highest(self._below(name, scores or magnitude), active - number, f"scores of {name}")
             wanted = grow(self, name).cpu().float()
-            fresh = self._highest(wanted.masked_fill(left, -torch.inf), number)
+            fresh = _highest(wanted.masked_fill(left, -torch.inf), number, f"growth scores of {name}")
             self.assign({name: left | fresh})
-
-    @staticmethod
-    def _highest(values: Tensor, number: int) -> Tensor:
-        return keep_highest(values.reshape(1, -1), values.numel() - number).view(values.shape)
 
     def _below(self, name: str, measure: Scores) -> Tensor:
         """Scores under which what is inactive goes before anything that is active."""
@@ -247,6 +282,10 @@ class Topology:
         return part.transpose(0, 1) if target.transposed else part
 
 
+def _highest(values: Tensor, number: int, name: str) -> Tensor:
+    return keep_highest(values.reshape(1, -1), values.numel() - number, name).view(values.shape)
+
+
 def magnitude(topology: Topology, name: str) -> Tensor:
     """``|W|`` of a target."""
     return score_functions.magnitude(topology.weight(name))
@@ -264,21 +303,3 @@ def random_numbers(topology: Topology, name: str) -> Tensor:
 
 GROWTHS: dict[str, Scores] = {"gradient": gradient_magnitude, "random": random_numbers}
 """Ways to choose what grows, by name."""
-
-
-def ranks() -> int:
-    """How many processes train the same model together."""
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _same_everywhere(mask: Tensor) -> Tensor:
-    """The mask of the first rank: sums over ranks may differ in their last bit, and masks must not."""
-    if ranks() == 1:
-        return mask
-    bytes_ = mask.to(torch.uint8)
-    torch.distributed.broadcast(bytes_, 0)
-    return bytes_.bool()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.errors import ConfigurationError, MissingDependencyError
 from gossamer.kernels.groups import GROUP, GroupMatrix
+from gossamer.kernels.matrix import PackedMatrix
 
 try:
     import triton
@@ -26,6 +27,27 @@ SLICE = 256  # groups of a program
 def available() -> bool:
     """Whether Triton is installed."""
     return triton is not None
+
+
+def check_call(matrix: PackedMatrix, x: Tensor) -> None:
+    """Refuse a product that no kernel can be started for.
+
+    Raises
+    ------
+    MissingDependencyError
+        If Triton is not installed.
+    ConfigurationError
+        If `x` does not fit the matrix.
+    """
+    if not available():
+        raise MissingDependencyError("triton", "gpu", "a sparse product on a GPU")
+    rows, columns = matrix.shape
+    device = next(iter(matrix.tensors().values())).device
+    if x.shape[-1:] != (columns,) or not x.is_floating_point() or x.device != device:
+        raise ConfigurationError(
+            f"x is {tuple(x.shape)} {x.dtype} on {x.device}; a matrix of {rows} × {columns} on {device} takes "
+            f"(…, {columns}) floating-point numbers there"
+        )
 
 
 def linear(matrix: GroupMatrix, x: Tensor, bias: Tensor | None = None, slice_size: int = SLICE) -> Tensor:
@@ -54,14 +76,8 @@ def linear(matrix: GroupMatrix, x: Tensor, bias: Tensor | None = None, slice_siz
     ConfigurationError
         If `x` does not fit the matrix.
     """
-    if triton is None:
-        raise MissingDependencyError("triton", "gpu", "a group-sparse product on a GPU")
+    check_call(matrix, x)
     rows, columns = matrix.shape
-    if x.shape[-1:] != (columns,) or not x.is_floating_point() or x.device != matrix.words.device:
-        raise ConfigurationError(
-            f"x is {tuple(x.shape)} {x.dtype} on {x.device}; a matrix of {rows} × {columns} on {matrix.words.device} "
-            f"takes (…, {columns}) floating-point numbers there"
-        )
     flat = x.reshape(-1, columns)
     padded = torch.nn.functional.pad(flat, (0, -columns % GROUP)).contiguous()
     slices = -(-matrix.kept // slice_size)

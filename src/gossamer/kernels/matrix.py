@@ -102,8 +102,8 @@ class PackedMatrix(ABC):
         """These rows, dense, with torch alone."""
 
     def _expand_into(self, tile: Tensor, first: int, last: int, threads: int) -> None:
-        """Fill `tile` with these rows by a compiled kernel."""
-        raise NotImplementedError  # a kind that overrides `expand` needs none
+        """Fill `tile` with these rows; kinds that have a compiled kernel for it use that."""
+        tile.copy_(self._reference(first, last))
 
     @abstractmethod
     def _multiply(self, call: Call, threads: int) -> None:

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from gossamer.core.masks import MaskSet
 from gossamer.core.randomness import generator_for
+from gossamer.core.sparse_training import SparseTraining
 from gossamer.core.sparsifier import Sparsifier
+from gossamer.measure.training_cost import TrainingCost
+from gossamer.measure.training_ledger import TrainingLedger
 from gossamer.papers.digits import SIDE, Digits
 
 
@@ -117,16 +120,42 @@ def train_images(
         What the method leaves.
     """
     optimizer = recipe.optimizer(model)
-    with warnings.catch_warnings():
-        # under an Erdős–Rényi start small layers stay dense; told once for every method it would bury the bars
-        warnings.filterwarnings("ignore", message=".*(stays dense|have no input left)")
-        run = None if method is None else method.attach(model, optimizer)
+    run = _attach(method, model, optimizer)
     model.train()
     for step, batch in enumerate(batches(data, recipe, seed)):
         each(step, optimizer)
         optimize(model, optimizer, batch, recipe.learning_rate * recipe.rate(step))
     model.eval()
     return None if run is None else run.finalize()
+
+
+def train_measured(
+    model: nn.Module, data: Digits, recipe: Recipe, seed: int, method: Sparsifier | None = None
+) -> tuple[MaskSet | None, TrainingCost]:
+    """Train as :func:`train_images` does, and count what it costs.
+
+    Returns
+    -------
+    MaskSet or None
+        What the method leaves.
+    TrainingCost
+        Of all steps.
+    """
+    optimizer = recipe.optimizer(model)
+    run = _attach(method, model, optimizer)
+    with TrainingLedger(model, optimizer, data.images[: recipe.batch], run) as ledger:
+        model.train()
+        for step, batch in enumerate(batches(data, recipe, seed)):
+            optimize(model, optimizer, batch, recipe.learning_rate * recipe.rate(step))
+        model.eval()
+    return None if run is None else run.finalize(), ledger.cost
+
+
+def _attach(method: Sparsifier | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> SparseTraining | None:
+    with warnings.catch_warnings():
+        # under an Erdős–Rényi start small layers stay dense; told once for every method it would bury the bars
+        warnings.filterwarnings("ignore", message=".*(stays dense|have no input left)")
+        return None if method is None else method.attach(model, optimizer)
 
 
 def optimize(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Digits, learning_rate: float) -> None:

@@ -39,7 +39,15 @@ COARSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Distances between the hidden states before and after a block, ``(batch, tokens, d)`` → ``(batch, tokens)``."""
 
 
-@register("cfsp", paper="cfsp", when="after training", granularity="channels")
+@register(
+    "cfsp",
+    paper="cfsp",
+    when="after training",
+    granularity="channels",
+    criterion=("magnitude", "activation"),
+    allocation="measured",
+    patterns=("channels",),
+)
 @dataclass
 class Cfsp(ChannelPruner):
     """Take feed-forward channels out, by block after how much it turns its input and within it by relative importance.

@@ -331,7 +331,15 @@ def _output_error(down: Tensor, gone: Tensor, added: Tensor | None, stats: Stati
     return float(lost.norm()) / norm if norm > 0 and math.isfinite(norm) else None
 
 
-@register("magnitude-sp", paper="cfsp", when="after training", granularity="channels", needs_data=False)
+@register(
+    "magnitude-sp",
+    paper="cfsp",
+    when="after training",
+    granularity="channels",
+    needs_data=False,
+    criterion=("magnitude",),
+    patterns=("channels",),
+)
 @dataclass
 class MagnitudeChannels(ChannelPruner):
     """Take out the feed-forward channels whose column of the matrix that maps back is shortest.
@@ -344,7 +352,14 @@ class MagnitudeChannels(ChannelPruner):
         return layer.down.matrix().float().norm(dim=0)
 
 
-@register("wanda-sp", paper="cfsp", when="after training", granularity="channels")
+@register(
+    "wanda-sp",
+    paper="cfsp",
+    when="after training",
+    granularity="channels",
+    criterion=("magnitude", "activation"),
+    patterns=("channels",),
+)
 @dataclass
 class WandaChannels(ChannelPruner):
     """Take out the feed-forward channels with the least |W| times norm of the input, averaged over their column.
@@ -360,7 +375,15 @@ class WandaChannels(ChannelPruner):
         return magnitude if stats is None else magnitude * stats[InputNorm].norm
 
 
-@register("random-channels", paper="cfsp", when="after training", granularity="channels", needs_data=False)
+@register(
+    "random-channels",
+    paper="cfsp",
+    when="after training",
+    granularity="channels",
+    needs_data=False,
+    criterion=("random",),
+    patterns=("channels",),
+)
 @dataclass
 class RandomChannels(ChannelPruner):
     """Take out feed-forward channels at random: the control.

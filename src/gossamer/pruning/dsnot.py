@@ -40,7 +40,14 @@ FEED_FORWARD = (
 _GROWING, _PRUNING = ("contribution", "magnitude"), ("wanda", "contribution")
 
 
-@register("dsnot", paper="dsnot", when="after training")
+@register(
+    "dsnot",
+    paper="dsnot",
+    when="after training",
+    topology="dynamic",
+    criterion=("activation",),
+    patterns=("unstructured", "n:m"),
+)
 @dataclass
 class DSnoT(MaskRefiner):
     """Swap pruned and kept weights of a row until its expected output error is near zero.

@@ -41,7 +41,16 @@ DEFAULT_SPARSITIES = tuple(float(s) for s in np.linspace(0, 0.95, 20).round(10))
 DEFAULT_LADDER = ("1:2", "2:4", "4:8", "1:4")
 
 
-@register("global-magnitude", paper="essential-sparsity", when="after training", needs_data=False)
+@register(
+    "global-magnitude",
+    paper="essential-sparsity",
+    when="after training",
+    needs_data=False,
+    criterion=("magnitude",),
+    allocation="global",
+    patterns=("unstructured",),
+    aims=("inference", "insight"),
+)
 @dataclass
 class EssentialMagnitude(LayerwisePruner):
     """Prune the smallest weights of the whole model in one ranking, with a floor under every layer if wanted.

@@ -20,7 +20,18 @@ from gossamer.core.targets import Target, find_targets
 from gossamer.errors import ConfigurationError, TargetError
 
 
-@register("fast-sparse-convnets", paper="fast-sparse-convnets", when="during training", needs_data=False)
+@register(
+    "fast-sparse-convnets",
+    paper="fast-sparse-convnets",
+    when="during training",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="uniform",
+    patterns=("unstructured", "blocks"),
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class FastSparseConvnets(GradualPruning):
     """Prune the 1 × 1 convolutions of a mobile network gradually while it trains.

@@ -23,7 +23,15 @@ from gossamer.models.feedforward import FeedForward
 from gossamer.pruning.channels import ChannelPruner, Reading
 
 
-@register("flap", paper="cfsp", when="after training", granularity="channels")
+@register(
+    "flap",
+    paper="cfsp",
+    when="after training",
+    granularity="channels",
+    criterion=("activation",),
+    allocation="measured",
+    patterns=("channels",),
+)
 @dataclass
 class Flap(ChannelPruner):
     """Take out the feed-forward channels that fluctuate least, and put their mean into the bias.

@@ -67,7 +67,9 @@ class GroupPruningResult(PruningResult):
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
-@register("gqsa", paper="gqsa", when="after training", granularity="blocks")
+@register(
+    "gqsa", paper="gqsa", when="after training", granularity="blocks", criterion=("second order",), patterns=("blocks",)
+)
 @dataclass
 class Gqsa(LayerwisePruner):
     """Drop whole groups of a row, quantise the others on a grid of their own, and train what remains in two stages.

@@ -15,7 +15,7 @@ from gossamer.core.targets import Target
 from gossamer.pruning.base import LayerwisePruner
 
 
-@register("magnitude", paper="magnitude", when="after training", needs_data=False)
+@register("magnitude", paper="magnitude", when="after training", needs_data=False, criterion=("magnitude",))
 @dataclass
 class Magnitude(LayerwisePruner):
     """Prune the weights of smallest absolute value; no data, no update.
@@ -45,7 +45,7 @@ class Magnitude(LayerwisePruner):
         return -magnitude if self.largest else magnitude
 
 
-@register("random", paper="magnitude", when="after training", needs_data=False)
+@register("random", paper="magnitude", when="after training", needs_data=False, criterion=("random",))
 @dataclass
 class Random(LayerwisePruner):
     """Prune weights at random: the control at the same pattern.

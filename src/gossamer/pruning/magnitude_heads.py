@@ -33,7 +33,15 @@ from gossamer.pruning.result import LayerReport, PruningResult
 _SCOPES = ("layer", "model")
 
 
-@register("magnitude-heads", paper="magnitude", when="after training", granularity="heads", needs_data=False)
+@register(
+    "magnitude-heads",
+    paper="magnitude",
+    when="after training",
+    granularity="heads",
+    needs_data=False,
+    criterion=("magnitude",),
+    patterns=("channels",),
+)
 @dataclass
 class MagnitudeHeads:
     """Silence the attention heads whose slice of the output matrix has the smallest norm; no data, no update.

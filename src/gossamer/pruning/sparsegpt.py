@@ -26,7 +26,9 @@ from gossamer.pruning.base import LayerwisePruner
 from gossamer.pruning.column_sweep import ORDERS, Factor, Layer, Swept, check_blocks, factor, sweep
 
 
-@register("sparsegpt", paper="sparsegpt", when="after training")
+@register(
+    "sparsegpt", paper="sparsegpt", when="after training", criterion=("second order",), patterns=("unstructured", "n:m")
+)
 @dataclass
 class SparseGPT(LayerwisePruner):
     """Prune column by column and update the columns that follow with the inverse Hessian.

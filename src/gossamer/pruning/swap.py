@@ -32,7 +32,14 @@ _ROUNDING = 1e-12  # of a row's error: a smaller gain may be rounding
 _SCREENING = 1e-10  # of a row's largest w²G_jj: what rounding may take from a bound
 
 
-@register("swap", paper="dsnot", when="after training")
+@register(
+    "swap",
+    paper="dsnot",
+    when="after training",
+    topology="dynamic",
+    criterion=("second order",),
+    patterns=("unstructured", "n:m"),
+)
 @dataclass
 class SwapRefinement(MaskRefiner):
     """Swap pruned and kept weights of a row as long as that lowers its exact output error on the calibration data.

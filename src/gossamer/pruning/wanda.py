@@ -71,7 +71,7 @@ class _NormScored(LayerwisePruner):
         return per_weight(target, norm) if norm is not None and norm.any() else None
 
 
-@register("wanda", paper="wanda", when="after training")
+@register("wanda", paper="wanda", when="after training", criterion=("magnitude", "activation"))
 @dataclass
 class Wanda(_NormScored):
     """Prune weights by |W| times the norm of their input, compared within each output row.
@@ -158,7 +158,7 @@ def cumulative_share(scores: Tensor) -> Tensor:
     return torch.empty_like(ordered).scatter_(1, order, ordered.cumsum(1) / total)
 
 
-@register("ria", paper="wanda", when="after training")
+@register("ria", paper="wanda", when="after training", criterion=("magnitude", "activation"))
 @dataclass
 class RelativeImportance(_NormScored):
     """Prune weights by their share of their row and column, times the root of the norm of their input.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ TRAINING = BENCHMARKS.with_name("training.json")
 
 DECODE = BENCHMARKS.with_name("decode.json")
 """What ``python -m benchmarks.decode`` writes."""
+
+
+@contextmanager
+def _stored(results: Path, command: str) -> Iterator[Any]:
+    """What a file holds, and whatever is wrong with it while it is read said as one kind of error."""
+    try:
+        yield json.loads(results.read_text())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{results} is damaged ({error!r}); run `{command}` again") from error
 
 
 def performance_table(results: Path = BENCHMARKS) -> str:
@@ -43,16 +54,18 @@ def performance_table(results: Path = BENCHMARKS) -> str:
         "Each row is measured in turns with its peer, on one machine and in one run. Less is better; the ratio says "
         "how many times less gossamer takes, as a median with the quartiles over the rounds, and the bar is what it "
         "was asked to reach. *Of limit* is the share that the least physically possible (bytes over measured "
-        "bandwidth, operations over the measured rate, bytes that must be held) has in what was measured.\n",
+        "bandwidth, operations over the measured rate, bytes that must be held) has in what was measured. Where many "
+        "shapes were measured alike, one row holds the median of their ratios, with the least and the most; "
+        "`benchmarks/results.json` has them all.\n",
     ]
     if not results.is_file():
         return "\n".join([*parts, "No figures are stored yet: run `make bench`.\n"])
-    try:
-        found = json.loads(results.read_text())
-        rows = [_performance_row(row) for row in found["rows"]]
-        machine = f"Measured on {found['date']} on: {flat(found['machine'])}.\n"
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{results} is damaged ({error!r}); run `make bench` again") from error
+    with _stored(results, "make bench") as found:
+        rows = [*map(_performance_row, (row for row in found["rows"] if not row.get("group")))]
+        rows += [_group_row(each) for each in _grouped(found["rows"])]
+        days = sorted({row.get("date", found["date"]) for row in found["rows"]} or {found["date"]})
+        when = days[0] if len(days) == 1 else f"days from {days[0]} to {days[-1]}"
+        machine = f"Measured on {when} on: {flat(found['machine'])}.\n"
     if found.get("quick"):
         parts.append("**A quick run, only to see that the benchmarks run: the figures mean nothing.**\n")
     return "\n".join([*parts, machine, table(_PERFORMANCE_COLUMNS, rows)])
@@ -68,14 +81,9 @@ def quality_table(results: Path = QUALITY) -> str:
     """
     if not results.is_file():
         return ""
-    try:
-        found = json.loads(results.read_text())
+    with _stored(results, "python -m benchmarks.pruning_quality") as found:
         settings, values = found["settings"], {name: cell["perplexity"] for name, cell in found["figures"].items()}
         cases = [tuple(name.split(", ")) for name in values]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{results} is damaged ({error!r}); run `python -m benchmarks.pruning_quality` again"
-        ) from error
     columns = list(dict.fromkeys(case[2] for case in cases if len(case) == 3))
     rows = [
         (model, method, *(f"{values.get(', '.join((model, method, column)), float('nan')):.1f}" for column in columns))
@@ -103,8 +111,7 @@ def decode_table(results: Path = DECODE) -> str:
     """
     if not results.is_file():
         return ""
-    try:
-        found = json.loads(results.read_text())
+    with _stored(results, "python -m benchmarks.decode") as found:
         parts = [
             "## Decoding\n",
             "Ratios of speed are medians of interleaved rounds; quality is nats a token on Moby Dick. Rows of "
@@ -118,8 +125,6 @@ def decode_table(results: Path = DECODE) -> str:
             ratios = _decode_ratios(found["rows"], model)
             parts.append(f"**{model}**\n")
             parts.append(table(_DECODE_COLUMNS, [_decode_row(point, points, ratios) for point in points]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{results} is damaged ({error!r}); run `python -m benchmarks.decode` again") from error
     return "\n".join(parts)
 
 
@@ -133,8 +138,7 @@ def training_table(results: Path = TRAINING) -> str:
     """
     if not results.is_file():
         return ""
-    try:
-        found = json.loads(results.read_text())
+    with _stored(results, "python -m benchmarks.training_quality") as found:
         settings, cells = found["settings"], found["results"]
         dense = cells["dense, 0"]
         names = list(dict.fromkeys(name.rsplit(", ", 1)[0] for name in cells if name != "dense, 0"))
@@ -146,10 +150,6 @@ def training_table(results: Path = TRAINING) -> str:
             f"{settings['steps']} steps of {settings['batch']} images for all; dense: {_accuracy(dense)}. "
             f"`python -m benchmarks.training_quality` measures it and prints the report cards.\n"
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{results} is damaged ({error!r}); run `python -m benchmarks.training_quality` again"
-        ) from error
     columns = ("method", *(f"{float(s):.0%} zero" for s in sparsities))
     picture = "![Accuracy over sparsity](training-quality.png)\n"
     return "\n".join(["## Sparse training\n", about, table(columns, rows), picture])
@@ -223,6 +223,31 @@ def _performance_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["rounds"]),
         "" if fraction is None else f"{fraction:.0%}",
         f"{row['bar']:.3g}, {'met' if row['met'] else '**missed**'}",
+    )
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("group"):
+            groups.setdefault((row["operation"], row["group"], row["peer"], row["bar"]), []).append(row)
+    return list(groups.values())
+
+
+def _group_row(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Many cases in one row: the median of their ratios, and how many of them reach the bar."""
+    ratios = [row["ratio"] for row in rows]
+    fractions = [row["fraction_of_limit"] for row in rows if row["fraction_of_limit"] is not None]
+    return (
+        rows[0]["operation"],
+        f"{rows[0]['group']}; {len(rows)} shapes",
+        "",
+        rows[0]["peer"],
+        "",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+        str(rows[0]["rounds"]),
+        f"{statistics.median(fractions):.0%}" if fractions else "",
+        f"{rows[0]['bar']:.3g}, met by {sum(row['met'] for row in rows)}",
     )
 
 

@@ -40,7 +40,19 @@ DEPTHWISE = ("dense", "channels", "rows")
 AUTO = "auto"
 
 
-@register("sparsebytenn", paper="sparsebytenn", when="during training", granularity="blocks", needs_data=False)
+@register(
+    "sparsebytenn",
+    paper="sparsebytenn",
+    when="during training",
+    granularity="blocks",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="uniform",
+    patterns=("kernels",),
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class SparseByteNN(GradualPruning):
     """Drop kernels of groups of output channels, gradually, after ordering the channels of the whole network.

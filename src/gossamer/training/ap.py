@@ -56,7 +56,17 @@ class Ticket:
     wanted: int
 
 
-@register("ap", paper="ap", when="during training", needs_data=False)
+@register(
+    "ap",
+    paper="ap",
+    when="during training",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude", "activation"),
+    allocation="global",
+    aims=("inference", "quality"),
+)
 @dataclass(kw_only=True)
 class ActivateWhilePruning(Sparsifier):
     """Prune by a host's criterion, and a little by removing negative weights that have barely moved.

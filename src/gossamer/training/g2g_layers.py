@@ -20,7 +20,7 @@ from gossamer.training.g2gnet import Grouping, mask_of_groups, unit_groups
 from gossamer.training.sparse_layers import SparseLinear
 
 
-@register("g2g-linear", paper="g2gnet", when="layer", granularity="edges", needs_data=False)
+@register("g2g-linear", paper="g2gnet", when="layer", granularity="edges", needs_data=False, criterion=("structure",))
 class G2GLinear(nn.Module):
     """A linear layer whose units form groups: dense within a group, sparse between groups.
 
@@ -200,7 +200,7 @@ def _lay_out_again(layer: G2GLinear, _: Any) -> None:
     layer._lay_out()
 
 
-@register("g2g-net", paper="g2gnet", when="layer", granularity="edges", needs_data=False)
+@register("g2g-net", paper="g2gnet", when="layer", granularity="edges", needs_data=False, criterion=("structure",))
 class G2GNet(nn.Module):
     """A multilayer perceptron whose layers are wired by groups.
 

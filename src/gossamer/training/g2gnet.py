@@ -153,7 +153,16 @@ def inter_probability(sparsity: float, groups: int) -> float:
     return max(0.0, 1 - sparsity / between) if between else 1.0
 
 
-@register("g2gnet", paper="g2gnet", when="during training", needs_data=False)
+@register(
+    "g2gnet",
+    paper="g2gnet",
+    when="during training",
+    needs_data=False,
+    path=("sparse-to-sparse",),
+    topology="dynamic",
+    criterion=("magnitude", "activation", "structure"),
+    allocation="given",
+)
 @dataclass(kw_only=True)
 class G2G(Sparsifier):
     """Wire every layer by groups, and exchange edges by magnitude, correlation or chance while it trains.

@@ -40,7 +40,18 @@ class Polynomial(Schedule):
         return 1 - (1 - progress) ** self.power
 
 
-@register("gmp", paper="gmp", when="during training", needs_data=False)
+@register(
+    "gmp",
+    paper="gmp",
+    when="during training",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="uniform",
+    patterns=("unstructured", "n:m", "blocks"),
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class GradualMagnitudePruning(Sparsifier):
     """Prune the smallest weights along a cubic ramp while training, and train on under the last mask.

@@ -20,7 +20,7 @@ from gossamer.core.registry import register
 from gossamer.core.schedules import Cosine, Cubic, Linear
 from gossamer.core.selection import Sparsity
 from gossamer.core.sparse_training import SparseTraining
-from gossamer.core.sparsifier import Phase, Sparsifier, check_steps, random_masks
+from gossamer.core.sparsifier import Phase, Sparsifier, check_steps
 from gossamer.core.topology import GROWTHS, Scores, Topology
 from gossamer.errors import ConfigurationError, check_sparsity
 
@@ -29,7 +29,16 @@ CLASSIFIER_FROM = 0.8
 DECAYS = ("cosine", "linear", "constant")
 
 
-@register("granet", paper="granet", when="during training", needs_data=False)
+@register(
+    "granet",
+    paper="granet",
+    when="during training",
+    needs_data=False,
+    path=("sparse-to-sparse", "dense-to-sparse"),
+    topology="dynamic",
+    criterion=("magnitude", "gradient"),
+    allocation="global",
+)
 @dataclass(kw_only=True)
 class GraNet(Sparsifier):
     """Gradual pruning with neuroregeneration, from a dense or from a sparse start.
@@ -155,12 +164,8 @@ class GraNet(Sparsifier):
 
     def start(self, training: SparseTraining) -> None:
         """Draw the first mask; a dense start needs none."""
-        if self.initial_sparsity == 0:
-            return
-        targets = training.targets.values()
-        masks, notes = random_masks(targets, self.initial_sparsity, self.allocation, training.generator)
-        training.notes.extend(notes)
-        training.assign(masks)
+        if self.initial_sparsity > 0:
+            training.start_at_random(self.initial_sparsity, self.allocation)
 
     def change(self, training: SparseTraining) -> None:
         """Prune, then regenerate, if it is time."""

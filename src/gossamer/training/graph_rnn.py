@@ -151,7 +151,14 @@ class _Layer(nn.Module):
         return output.unflatten(2, (self.parts, self.width)).sum(2)
 
 
-@register("graph-rnn", paper="sparse-rnn", when="layer", granularity="edges", needs_data=False)
+@register(
+    "graph-rnn",
+    paper="sparse-rnn",
+    when="layer",
+    granularity="edges",
+    needs_data=False,
+    criterion=("random", "structure"),
+)
 class GraphRNN(nn.Module):
     """A recurrent network with the wiring of a graph.
 

@@ -33,7 +33,17 @@ HIGHEST = 0.995
 _PENALTIES: WeakKeyDictionary[SparseTraining, RemovableHandle] = WeakKeyDictionary()
 
 
-@register("iss-p", paper="iss-p", when="during training", needs_data=False)
+@register(
+    "iss-p",
+    paper="iss-p",
+    when="during training",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="uniform",
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class IterativeSoftShrinkage(Sparsifier):
     """Multiply the smallest weights by a factor below one after every step; cut them at `end` and train on.

@@ -22,7 +22,16 @@ RAMPS: dict[str, type[Schedule]] = {"geometric": Geometric, "cubic": Cubic, "lin
 """Shapes of the ramp."""
 
 
-@register("journey-matters", paper="journey-matters", when="during training", needs_data=False)
+@register(
+    "journey-matters",
+    paper="journey-matters",
+    when="during training",
+    needs_data=False,
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="global",
+)
 @dataclass(kw_only=True)
 class PretrainingSchedule(GradualMagnitudePruning):
     """Gradual magnitude pruning between two shares of the compute of a run.

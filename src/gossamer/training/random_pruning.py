@@ -38,7 +38,17 @@ from gossamer.training.saliency import SALIENCIES, count_paths, saliency
 Rule = Callable[[Shapes, float], dict[str, float]]
 
 
-@register("random-pruning", paper="random-pruning", when="during training", needs_data=False)
+@register(
+    "random-pruning",
+    paper="random-pruning",
+    when="during training",
+    needs_data=False,
+    timing="before training",
+    path=("sparse-to-sparse",),
+    topology="static",
+    criterion=("random",),
+    allocation="erdos-renyi",
+)
 @dataclass(kw_only=True)
 class RandomPruning(Sparsifier):
     """Train under a random mask whose layers have well-chosen densities.

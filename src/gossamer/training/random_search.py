@@ -69,7 +69,19 @@ class SearchResult:
         return MaskSet({name: mask for name, mask in self.masks.items() if mask.dim() > 1}).sparsity
 
 
-@register("random-search", paper="random-search", when="during training", granularity="channels")
+@register(
+    "random-search",
+    paper="random-search",
+    when="during training",
+    granularity="channels",
+    timing="before training",
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("search",),
+    allocation="uniform",
+    patterns=("channels",),
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class RandomSearch(Sparsifier):
     """Draw sub-networks at random, keep the one with the best score before training, and train that.

@@ -92,7 +92,15 @@ class IsoFlop(NamedTuple):
         return [target for target in find_targets(self.model, heads=True) if target.name in self.sparsities]
 
 
-@register("sparse-ift", paper="sparse-ift", when="layer", needs_data=False)
+@register(
+    "sparse-ift",
+    paper="sparse-ift",
+    when="layer",
+    needs_data=False,
+    criterion=("random",),
+    allocation="uniform",
+    aims=("quality",),
+)
 def sparse_ift(
     model: nn.Module,
     kind: Kind = "wide",

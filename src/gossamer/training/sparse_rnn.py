@@ -218,7 +218,18 @@ def regain(
     return Regained(tuple(seen), wanted)
 
 
-@register("sparse-rnn", paper="sparse-rnn", when="during training", needs_data=False)
+@register(
+    "sparse-rnn",
+    paper="sparse-rnn",
+    when="during training",
+    needs_data=False,
+    timing="after training",
+    path=("dense-to-sparse",),
+    topology="static",
+    criterion=("magnitude",),
+    allocation="uniform",
+    aims=("inference",),
+)
 @dataclass(kw_only=True)
 class SparseRNN(Sparsifier):
     """Prune the recurrent weights of a trained model when attached, and train on under the mask.

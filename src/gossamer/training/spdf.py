@@ -29,7 +29,17 @@ _INTERLEAVED = "*.query_key_value"  # … head by head
 _SMALL = 0.1  # of the spread of the weights that were trained
 
 
-@register("spdf", paper="spdf", when="during training", needs_data=False)
+@register(
+    "spdf",
+    paper="spdf",
+    when="during training",
+    needs_data=False,
+    path=("sparse-to-dense",),
+    topology="static",
+    criterion=("random",),
+    allocation="uniform",
+    aims=("training",),
+)
 @dataclass(kw_only=True)
 class SparsePretraining(Sparsifier):
     """Draw a mask once, train under it, then :meth:`densify` and fine-tune every weight.
