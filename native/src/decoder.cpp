@@ -62,7 +62,8 @@ std::vector<std::int64_t> cuts(const Matrix& matrix, int parts) {
       while (next < bands && starts[next] - starts[0] + next * overhead < share(all, part, parts)) ++next;
       row = std::min(next * band, matrix.rows);
     }
-    if (matrix.kind == Matrix::Kind::nibbles && part < parts) row = row / kPanel * kPanel;
+    const bool panels = matrix.kind == Matrix::Kind::nibbles || matrix.kind == Matrix::Kind::patterns;
+    if (panels && part < parts) row = row / kPanel * kPanel;
     found[static_cast<std::size_t>(part)] = row;
   }
   return found;
@@ -88,6 +89,7 @@ void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t l
     case Kind::groups: kernels.groups(groups, first, last, inputs, outputs); break;
     case Kind::nibbles: kernels.steps.nibbles(nibbles, first, last, inputs, outputs); break;
     case Kind::blocks: kernels.blocks.few(blocks, first, last, inputs, outputs); break;
+    case Kind::patterns: kernels.patterns.multiply(patterns, first, last, inputs, outputs); break;
   }
   if (!bias) return;
   for (int b = 0; b < inputs.count; ++b) kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
@@ -115,6 +117,7 @@ void Matrix::expand_row(const Kernels& kernels, std::int64_t row, float* target)
     case Kind::groups: return kernels.expand_groups(groups, row, row + 1, target, columns);
     case Kind::nibbles: return kernels.steps.expand_nibbles(nibbles, row, row + 1, target, columns);
     case Kind::blocks: return kernels.blocks.expand(blocks, row, row + 1, target, columns);
+    case Kind::patterns: return kernels.patterns.expand(patterns, row, row + 1, target, columns);
   }
 }
 

@@ -15,7 +15,7 @@ namespace gossamer {
 
 // A weight in one of the storages that there are kernels for.
 struct Matrix {
-  enum class Kind : int { none = 0, dense = 1, bitmask = 2, groups = 3, nibbles = 4, blocks = 5 };
+  enum class Kind : int { none = 0, dense = 1, bitmask = 2, groups = 3, nibbles = 4, blocks = 5, patterns = 6 };
 
   Kind kind = Kind::none;
   std::int64_t rows = 0;
@@ -26,6 +26,7 @@ struct Matrix {
   GroupRows groups{};
   NibbleRows nibbles{};
   BlockRows blocks{};
+  PatternRows patterns{};
 
   explicit operator bool() const { return kind != Kind::none; }
   // where the stored values of each row, or band of rows, begin; null if all rows are alike

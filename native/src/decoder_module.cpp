@@ -60,6 +60,19 @@ Matrix matrix_of(nb::handle given) {
                        matrix.columns > 65536,
                        value};
       break;
+    case Matrix::Kind::patterns: {
+      const auto* sizes = at<std::int32_t>(parts[9]);
+      matrix.patterns = {matrix.rows,
+                         matrix.columns,
+                         sizes[0],
+                         sizes[1],
+                         at<void>(parts[6]),
+                         at<std::uint32_t>(parts[7]),
+                         at<float>(parts[8]),
+                         group,
+                         value};
+      break;
+    }
   }
   return matrix;
 }

@@ -269,7 +269,8 @@ const Kernels& table() {
                                    add_to, rotate, activate, cap_values, largest, attend, merge},
                                   keep_highest,
                                   {mask_values, pack_tile, multiply_tile, outer_tile},
-                                  block_table()};
+                                  block_table(),
+                                  pattern_table()};
   return kernels;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bands.hpp"
+#include "patterns.hpp"
 #include "sparse_rows.hpp"
 #include "steps.hpp"
 #include "strips.hpp"
@@ -90,23 +91,28 @@ struct Kernels {
   bool (*keep_highest)(const float* scores, std::int64_t rows, int m, int dropped, std::uint8_t* keep);
   TrainingKernels training;
   BlockKernels blocks;
+  PatternKernels patterns;
 };
 
 namespace plain {
 const Kernels& table();
-const BlockKernels& block_table();  // of block_kernels.cpp
+const BlockKernels& block_table();      // of block_kernels.cpp
+const PatternKernels& pattern_table();  // of pattern_kernels.cpp
 }
 namespace avx2 {
 const Kernels& table();
-const BlockKernels& block_table();  // of block_kernels.cpp
+const BlockKernels& block_table();      // of block_kernels.cpp
+const PatternKernels& pattern_table();  // of pattern_kernels.cpp
 }
 namespace avx512 {
 const Kernels& table();
-const BlockKernels& block_table();  // of block_kernels.cpp
+const BlockKernels& block_table();      // of block_kernels.cpp
+const PatternKernels& pattern_table();  // of pattern_kernels.cpp
 }
 namespace avx512_bf16 {
 const Kernels& table();
-const BlockKernels& block_table();  // of block_kernels.cpp
+const BlockKernels& block_table();      // of block_kernels.cpp
+const PatternKernels& pattern_table();  // of pattern_kernels.cpp
 }
 
 }  // namespace gossamer

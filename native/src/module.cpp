@@ -19,6 +19,7 @@ void bind_blocks(nb::module_& m);
 void bind_convolution(nb::module_& m);
 void bind_convolution_bytes(nb::module_& m);
 void bind_decoder(nb::module_& m);
+void bind_patterns(nb::module_& m);
 void bind_selection(nb::module_& m);
 void bind_training(nb::module_& m);
 
@@ -59,6 +60,7 @@ NB_MODULE(_native, m) {
   bind_convolution(m);
   bind_convolution_bytes(m);
   bind_decoder(m);
+  bind_patterns(m);
   bind_selection(m);
   bind_training(m);
 

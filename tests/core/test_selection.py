@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core import selection
-from gossamer.core.selection import dropped_count, keep_by_comparing, keep_highest, keep_highest_jointly
+from gossamer.core.selection import dropped_count, keep_by_comparing, keep_highest, keep_highest_jointly, keep_one
 from gossamer.errors import NonFiniteError, SparsityError
 
 
@@ -102,3 +102,13 @@ def test_bad_input_is_named():
 def test_infinite_scores_protect():
     scores = torch.tensor([[float("inf"), -float("inf"), 0.0, 5.0]])
     assert keep_highest(scores, 2).tolist() == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize("m", [1, 2, 17, 32, 64])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_one_that_is_kept_is_the_last_of_the_highest(m, tied):
+    scores = torch.randn(50, m, generator=torch.Generator().manual_seed(m))
+    scores = scores.round() if tied else scores
+    expected = torch.zeros(50, m, dtype=torch.bool)
+    expected[torch.arange(50), scores.argsort(dim=1, stable=True)[:, -1]] = True
+    assert torch.equal(keep_one(scores), expected)

@@ -10,13 +10,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer.training.gmp import GradualMagnitudePruning
+from gossamer.training.progressive_gradient_flow import MaskDecay
 from gossamer.training.rigl import RigL
 from gossamer.training.set import SET
+from gossamer.training.sr_ste import SRSTE
 
 METHODS = {
     "rigl": lambda: RigL(sparsity=0.8, every=2, end=20),
     "set": lambda: SET(sparsity=0.8, every=2, end=20),
     "gmp": lambda: GradualMagnitudePruning(sparsity=0.8, end=8, every=2),
+    "sr-ste": lambda: SRSTE(pattern="1:4", decay=0.1, keep=()),
+    "mask-decay": lambda: MaskDecay(pattern="1:4", total=10, final_value=0.1, keep=()),
 }
 
 

@@ -16,8 +16,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 _CHECKS = """
 import torch
+from gossamer.core.patterns import NM
 from gossamer.kernels.kinds import pack
 from gossamer.kernels.nibbles import NibbleMatrix
+from gossamer.kernels.nm import NMMatrix
 from gossamer.kernels.products_triton import linear
 
 generator = torch.Generator().manual_seed(0)
@@ -40,6 +42,7 @@ def check(matrix, batch):
 
 kinds = [("bitmask", f, g) for f, g in (("float32", None), ("bfloat16", None), ("int8", 64), ("int4", None))]
 kinds += [(k, f, None) for k in ("csr", "blocks4", "blocks8", "blocks16") for f in ("float32", "int8")]
+patterns = [(2, 4, "float32", None), (3, 8, "int8", 64), (1, 16, "bfloat16", None), (2, 32, "int8", None)]
 shapes = [(1, 1, 1.0, 1), (5, 70, 0.5, 2), (18, 1100, 0.1, 1), (3, 48, 0.0, 1)]
 for rows, columns, density, batch in shapes:
     weight = torch.randn(rows, columns, generator=generator)
@@ -48,6 +51,10 @@ for rows, columns, density, batch in shapes:
         weight[2] = 0
     for kind, format, group in kinds:
         check(pack(weight, kind, format, group), batch)
+    for n, m, format, group in patterns:
+        padded = torch.nn.functional.pad(weight, (0, -columns % m))
+        pruned = (padded * NM(n, m).select(padded.abs()))[:, :columns]
+        check(NMMatrix.from_dense(pruned, format, NM(n, m), group), batch)
     for group, offsets in ((32, True), (64, False)):
         check(NibbleMatrix.from_dense(weight, group, offsets), batch)
 print("all products are right")

@@ -8,7 +8,7 @@ from torch import nn
 
 from gossamer.papers import g2gnet as paper
 from gossamer.papers.digits import Digits
-from gossamer.training.g2gnet import G2G
+from gossamer.training.g2gnet import G2G, widen
 
 SMALL = {"images": 8, "validation": 4, "held_out": 4, "hidden": [32, 32], "steps": 12, "batch": 16, "exchanges": 3}
 SMALL |= {"speed": {"width": 64, "batch": 8, "rounds": 1}}
@@ -104,6 +104,21 @@ def test_a_small_run_gives_what_the_rule_reads(clothes):
     assert "random convolution: neighbours grouped − random groups, shuffled pixels" in verdict.numbers
 
 
+@pytest.mark.parametrize(("features", "units"), [("texture pixels", 256), ("texture random convolution", 512)])
+def test_crops_of_photographs_serve_as_features(monkeypatch, drawn_textures, features, units):
+    monkeypatch.setattr(paper, "textures", lambda: drawn_textures)
+    settings = {**paper.FULL, **SMALL, "crops": {"images": 6, "validation": 3, "held_out": 4}}
+    data = paper._data(settings, features, 0)
+    assert {name: tuple(rows.shape) for name, (rows, _) in data.items()} == {
+        "training": (60, units),
+        "validation": (30, units),
+        "held_out": (40, units),
+    }
+    network, _ = paper._train(settings, data, paper.cases(settings, 0)["index #0"], 0)
+    assert 0 <= paper._accuracy(network, *data["held_out"], False) <= 1
+    assert features in paper.FULL["features"]
+
+
 def test_a_shuffle_of_pixels_is_fixed_and_loses_none():
     assert torch.equal(paper.pixel_shuffle(784), paper.pixel_shuffle(784))
     assert sorted(paper.pixel_shuffle(784).tolist()) == list(range(784))
@@ -115,12 +130,12 @@ def test_sparse_networks_start_with_the_signal_of_dense_ones():
     dense = paper.perceptron(400, [400])
     sparse = copy.deepcopy(dense)
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
-    paper._widen(G2G().attach(sparse, optimizer))
+    widen(G2G().attach(sparse, optimizer))
     with torch.no_grad():
         ratio = float((sparse[0](x) - sparse[0].bias).std() / (dense[0](x) - dense[0].bias).std())
     assert ratio == pytest.approx(1, abs=0.05)
 
 
 def test_full_measures_all_that_quick_does():
-    assert paper.QUICK.keys() == paper.FULL.keys()
+    assert paper.FULL.keys() - paper.QUICK.keys() == {"crops"}
     assert paper.cases(paper.QUICK, 0).keys() <= paper.cases(paper.FULL, 0).keys()

@@ -108,3 +108,22 @@ def test_both_families_are_trained_and_pruned_to_equal_bytes(drawn_digits, monke
     assert found["LSTM, large, dense"][0]["bytes"] == footprint(paper.ByteLstm(16), "dense")
     kept, weights, biases = 52 + 64 + 205, 256 * 4 + 64 * 20 + 256 * 16, 64 + 64 + 256
     assert found["LSTM, large at 0.95"][0]["bytes"] == 4 * kept + weights // 8 + 4 * biases
+
+
+def test_residual_networks_stand_beside_in_the_full_budget(monkeypatch, drawn_textures):
+    monkeypatch.setattr(paper, "textures", lambda: drawn_textures)
+    settings = copy.deepcopy(paper.FULL)
+    settings["residual"] |= {"width": 8, "images": 8, "judged": 4, "steps": 16, "batch": 8}
+    found = dict(paper._residuals(settings, 0, lambda items, description: items))
+    assert found.keys() == LOSSES.keys()
+    for sparsity in (0.75, 0.9, 0.95):
+        assert found[f"large at {sparsity}"]["bytes"] <= found[f"small for {sparsity}"]["bytes"]
+    rows = observations()
+    for row, noise in zip(rows, (0.0, 0.1, -0.1)):
+        row["points"] |= {
+            f"residual, {label}": [{"bytes": 10, "loss": noise + (9.0 if label == "large at 0.9" else 2.0)}]
+            for label in LOSSES
+        }
+    verdict = paper.decide(rows)
+    assert verdict.outcome == "holds"  # it is told, and does not count
+    assert verdict.numbers["residual, small − large at 0.9"].mean == pytest.approx(-7)

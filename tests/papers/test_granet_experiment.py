@@ -141,3 +141,19 @@ def test_the_dense_training_goes_on_as_if_it_had_not_been_interrupted(drawn_digi
     )
     gain = 100 * (paper.accuracy(model, held_out) - before[0])
     assert rows[0]["plasticity"] == pytest.approx(gain)
+
+
+def test_crops_of_photographs_count_in_the_full_budget(monkeypatch, drawn_digits, drawn_textures):
+    monkeypatch.setattr(paper, "digits", lambda: drawn_digits)
+    monkeypatch.setattr(paper, "fashion", lambda: Digits((drawn_digits.images * 255).byte(), drawn_digits.labels))
+    monkeypatch.setattr(paper, "textures", lambda: drawn_textures)
+    settings = copy.deepcopy(paper.FULL)
+    for task in ("digits", "clothes", "textures"):
+        settings[task] |= {"sparsities": [0.95], "images": 8, "steps": 4, "batch": 8}
+    settings["clothes"] |= {"judged": 2, "channels": [4, 8, 8]}
+    settings["textures"] |= {"judged": 4, "width": 4}
+    settings["plasticity"] |= {"moments": [0.25, 0.5], "amounts": [0.5]}
+    found = paper.run(settings, 0, lambda items, description: items)
+    names = {label.partition(", ")[2] for label in found["accuracies"] if label.startswith("textures")}
+    assert names == {"dense", *(f"{name} at 0.95" for name in ACCURACIES)}
+    assert "textures, GraNet at 0.95 − static" in paper.decide([found, found]).numbers

@@ -122,3 +122,35 @@ def test_everything_is_trained_at_its_sparsity(drawn_digits, monkeypatch):
     }
     assert set(found["robustness"]) == {"dense", "random"}
     assert found["curves"]["random"]["x"] == [3, 4]
+    assert "textures" not in found
+
+
+def test_residual_networks_learn_crops_at_every_size(monkeypatch, drawn_textures):
+    monkeypatch.setattr(paper, "textures", lambda: drawn_textures)
+    settings = copy.deepcopy(paper.FULL)
+    settings["textures"] |= {"blocks": [1, 2], "depth_width": 4, "widths": [2, 4], "sparsities": [0.5]}
+    settings["textures"] |= {"images": 8, "judged": 4, "steps": 3, "batch": 8}
+    accuracies, views = paper._textures(settings, 0, lambda items, description: items)
+    sizes = {"depth 8", "depth 14", "width 2", "width 4"}
+    assert set(accuracies) == {f"{kind} {size}" for kind in ("dense", "random") for size in sizes} | {
+        "random at 0.5 width 4"
+    }
+    assert set(views) == {"dense", "random"}
+    assert views["dense"] != views["random"]
+    assert paper.FULL.keys() - paper.QUICK.keys() == {"textures"}
+
+
+def test_a_verdict_tells_whether_wide_and_random_beats_dense():
+    rows = observations()
+    for row in rows:
+        row["textures"] = {"random at 0.5 width 4": 72.0}
+        for index, size in enumerate(("depth 8", "depth 14", "width 2", "width 4")):
+            row["textures"] |= {f"dense {size}": 70.0, f"random {size}": 66.0 + 2 * (index % 2)}
+        row["robustness on textures"] = row["robustness"]
+    numbers = paper.decide(rows).numbers
+    assert numbers["textures, rank correlation of depth and gap"] == pytest.approx(-1)
+    assert numbers["textures, gap at depth 8"].mean == pytest.approx(4)
+    assert numbers["textures, gap at width 4"].mean == pytest.approx(2)
+    assert numbers["textures, wide beats dense: random − dense at width 4"].mean == pytest.approx(-2)
+    assert numbers["textures, wide beats dense: random at 0.5 − dense at width 4"].mean == pytest.approx(2)
+    assert numbers["textures, auroc, random − dense"].mean == pytest.approx(0.01)

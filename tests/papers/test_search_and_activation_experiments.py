@@ -157,6 +157,27 @@ def test_every_variant_is_observed_at_every_density(monkeypatch, drawn_digits, r
     assert len(set(last.values())) == 3
 
 
+def test_every_host_and_network_of_the_full_budget_runs(monkeypatch, drawn_digits, drawn_textures):
+    monkeypatch.setattr(ap, "digits", lambda: drawn_digits)
+    monkeypatch.setattr(ap, "textures", lambda: drawn_textures)
+    settings = {
+        **ap.FULL,
+        "runs": {name: ["host"] for name in ap.FULL["runs"]},
+        "sparsity": dict.fromkeys(ap.FULL["sparsity"], 0.3),
+        "steps": dict.fromkeys(ap.FULL["steps"], 1),
+        "training": 8,
+        "crops": {"training": 8, "judged": 2},
+        "batch": 4,
+        "width of vgg": 2,
+        "growing regularisation": {"penalty_step": 5e-3, "penalty_every": 1},
+    }
+    observed = ap.run(json.loads(json.dumps(settings)), 0, show)
+    json.dumps(observed, allow_nan=False)
+    cases = {f"{p['network']}, {p['host']}" for p in observed["points"]}
+    assert cases == set(ap.FULL["runs"])
+    assert {name.split(", ")[0] for name in cases} == ap.FULL["sparsity"].keys() == ap.FULL["steps"].keys()
+
+
 def pruned(dead=-0.05, accuracy=0.0, control=0.0):
     found = []
     for seed in range(4):

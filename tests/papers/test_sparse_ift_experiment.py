@@ -29,6 +29,14 @@ TINY = {
     "every": 3,
     "digits": {**FULL["digits"], "training": 8, "width": 12, "steps": 12},
     "clothes": {**FULL["clothes"], "training": 8, "held_out": 2, "width": 6, "steps": 8},
+    "textures": {
+        **FULL["textures"],
+        "training": 8,
+        "held_out": 2,
+        "width": 6,
+        "steps": 4,
+        "forms": {"wide+rigl": [0.75]},
+    },
     "control": {**FULL["control"], "training": 8, "width": 40, "steps": 8},
     "language": {
         **FULL["language"],
@@ -45,7 +53,8 @@ TINY = {
 }
 
 
-def test_every_form_is_trained_at_the_operations_of_the_dense_network(monkeypatch):
+def test_every_form_is_trained_at_the_operations_of_the_dense_network(monkeypatch, drawn_textures):
+    monkeypatch.setattr(module, "textures", lambda: drawn_textures)
     monkeypatch.setattr(module, "digits", lambda: drawn(120))
     monkeypatch.setattr(module, "fashion", lambda: drawn(120, torch.uint8))
     observed = module.run(json.loads(json.dumps(TINY)), 0, show)
@@ -53,6 +62,7 @@ def test_every_form_is_trained_at_the_operations_of_the_dense_network(monkeypatc
     operations = observed["operations"]
     forms = [f"{form}, {s}" for form in FULL["digits"]["forms"] for s in (0.5, 0.75, 0.9)]
     expected = {f"{task}, {form}" for task in ("digits", "clothes") for form in ["dense", "twice", *forms]}
+    expected |= {f"textures, {form}" for form in ("dense", "twice", "wide+rigl, 0.75")}
     assert set(operations) == expected | {"control, dense", "control, wide+rigl, 0.75"}
     for label, ratio in operations.items():
         if "twice" in label:
@@ -100,6 +110,10 @@ def test_the_rule_is_applied_as_stated():
     assert verdict(0.92, 0.91, 0.8, 1.95, 0.05).outcome == "does not hold"
     assert verdict(0.9, 0.88, 0.8, 1.95, -0.05).outcome == "inconclusive"
     assert decide([observation(0, 0.92, 0.91, 0.8, 1.95, 0.0)]).outcome == "inconclusive"
+    crops = [observation(seed, 0.92, 0.91, 0.8, 1.95, 0.0) for seed in range(3)]
+    for row in crops:
+        row["accuracy"] |= {name.replace("clothes", "textures"): value for name, value in row["accuracy"].items()}
+    assert decide(crops).numbers["accuracy, textures, wide+rigl − wide+static"].mean == pytest.approx(0.011)
     dearer = [observation(seed, 0.92, 0.91, 0.8, 1.95, 0.0) for seed in range(3)]
     dearer[0]["operations"]["digits, wide+rigl, 0.75"] = 1.05
     assert "operations differ" in decide(dearer).reason

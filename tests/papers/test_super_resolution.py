@@ -103,7 +103,7 @@ def test_small_pictures_are_bytes_of_the_right_size():
     assert larger(small.unsqueeze(0), 2).shape == (1, 3, 40, 40)
 
 
-@pytest.mark.parametrize("scale", [2, 3])
+@pytest.mark.parametrize("scale", [2, 3, 4])
 @pytest.mark.parametrize("build", [ResidualNetwork, WindowNetwork])
 def test_networks_make_pictures_of_any_size_larger(build, scale):
     torch.manual_seed(0)
@@ -178,6 +178,18 @@ def test_every_method_is_marked(monkeypatch):
     assert observed["residual mass"]["hard thresholding, residual, ×2, 0.95"] < 1e-6
     assert 0 < observed["residual mass"]["soft shrinkage, residual, ×2, 0.95"] < 1
     assert observed["curves"]["bicubic"]["y"] == [observed["psnr"]["bicubic, ×2"]] * 2
+
+
+def test_other_networks_and_scales_are_marked_where_a_method_fits_them(monkeypatch):
+    monkeypatch.setattr(iss_p, "photographs", lambda: DRAWN)
+    settings = {**TINY, "networks": {"residual": {"width": 8, "blocks": 1}, "window": {"width": 8, "blocks": 1}}}
+    settings |= {"scales": [4], "methods": ["soft shrinkage", "ASSL", "SRP"], "sparsities": [0.9], "factors": []}
+    observed = iss_p.run(json.loads(json.dumps(settings)), 0, show)
+    place = "residual, ×4, 0.9"
+    expected = {f"{method}, {place}" for method in ("soft shrinkage", "ASSL", "SRP")}
+    assert set(observed["psnr"]) == expected | {"bicubic, ×4", "soft shrinkage, window, ×4, 0.9"}
+    assert iss_p.FULL["scales"] == [2, 3, 4]
+    assert {"ASSL", "SRP"} <= set(iss_p.FULL["methods"]) - set(iss_p.QUICK["methods"])
 
 
 def observation(seed, soft, hard, one, steadier):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gossamer.errors import CheckpointError
+from gossamer.methods import methods
 from gossamer.papers import Interval, Result, Verdict, papers
 from gossamer.report import performance, tables
 
@@ -39,11 +40,14 @@ def test_committed_page_is_what_the_generator_writes(tmp_path, name):
 
 
 def test_methods_page_has_one_row_for_each_paper():
-    rows = [line for line in tables.methods_table().splitlines() if line.startswith("| `")]
+    page, stands, taxonomy = tables.methods_table().partition("## Where every method stands")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == [
         entry.slug for room in tables.ROOMS for entry in papers() if entry.room == room
     ]
     assert all(row.count(" | ") == 5 for row in rows)
+    assert stands
+    assert [row.split("`")[1] for row in taxonomy.splitlines() if row.startswith("| `")] == list(methods())
 
 
 def test_reproductions_page_tells_what_was_run_and_how_to_repeat_it(monkeypatch, result):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gossamer
+from gossamer.core.patterns import NM
 from gossamer.errors import ConfigurationError, TargetError
 from gossamer.kernels.native import available
 from gossamer.models.packed import load_packed
@@ -158,12 +159,43 @@ def test_blocks_can_be_measured(block):
 
 
 @needs_native
-@pytest.mark.parametrize("kind", ["dense", "bitmask"])
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_layers_that_follow_a_pattern_become_packed_n_m(format, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 80), nn.Linear(80, 7))
+    with torch.no_grad():
+        model[0].weight.mul_(NM(2, 8).select(model[0].weight.abs()))
+        model[1].weight.masked_fill_(torch.rand(7, 80) < 0.75, 0)
+    dense, x = copy.deepcopy(model), torch.randn(3, 64)
+    report = compress(model, format, choices=Choices(tmp_path / "c.json", preferring("nm")), progress=False)
+    assert report.layers[0].storage == f"nm {format or 'float32'}"
+    assert (model[0].matrix.n, model[0].matrix.m) == (2, 8)
+    assert not any(storage.startswith("nm") for storage in report.layers[1].seconds)
+    if format is None:
+        assert torch.allclose(model(x), dense(x), atol=1e-5)
+
+
+@needs_native
+def test_patterns_can_be_measured():
+    storages = candidates(["bfloat16", "int8"], torch.bfloat16, 64, density=0.25, pattern=NM(2, 8))
+    case = Case(40, 100, 0.25, torch.bfloat16, 3, pattern=NM(2, 8))
+    assert "2:8" in case.key
+    assert {Storage("nm", "bfloat16"), Storage("nm", "int8", 64)} <= set(storages)
+    assert set(measure_storages(case, storages, repeats=1)) == set(storages)
+    assert all(storage.kind != "nm" for storage in candidates(["bfloat16"], torch.bfloat16, density=0.25))
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["dense", "bitmask", "nm"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_compressed_model_is_saved_and_loaded_as_it_is(kind, format, tiny_llama, tmp_path):
     model = copy.deepcopy(tiny_llama)
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     model.config.tie_word_embeddings = True
+    with torch.no_grad():
+        for layer in model.modules():
+            if kind == "nm" and isinstance(layer, nn.Linear):
+                layer.weight.mul_(NM(2, 4).select(layer.weight.abs()))
     report = compress(model, format, choices=Choices(tmp_path / "c.json", preferring(kind)), progress=False)
     assert {layer.storage.split()[0] for layer in report.layers} == {kind}
     gossamer.save(model, tmp_path / "model")

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gossamer.core.patterns import NM
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.kernels.bitmask import BitmaskMatrix
 from gossamer.kernels.blocks import CsrMatrix, FourRowMatrix, SixteenRowMatrix
@@ -34,6 +35,7 @@ from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.matrix import round_inputs
 from gossamer.kernels.native import available, instruction_sets, using
 from gossamer.kernels.nibbles import NibbleMatrix
+from gossamer.kernels.nm import NMMatrix
 from gossamer.runtime import program as program_module
 from gossamer.runtime.program import DecodeProgram, relative_difference
 
@@ -191,6 +193,8 @@ PACKS = {
     "csr bfloat16": lambda weight: CsrMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0).bfloat16()),
     "blocks of 4 in int8": lambda weight: FourRowMatrix.from_dense(weight, "int8"),
     "blocks of 16": lambda weight: SixteenRowMatrix.from_dense(weight * (torch.arange(weight.shape[1]) % 3 > 0)),
+    "2:4": lambda weight: NMMatrix.from_dense(halved(weight)),
+    "2:4 in int8": lambda weight: NMMatrix.from_dense(halved(weight), "int8"),
     "bitmask int4": lambda weight: BitmaskMatrix.from_dense(weight.masked_fill(weight.abs() < 0.2, 0), "int4"),
     "groups": lambda weight: GroupMatrix.from_dense(weight),
     "four bits": lambda weight: NibbleMatrix.from_dense(weight),
@@ -215,6 +219,10 @@ def test_every_storage_computes_what_its_dense_weights_compute(pack: str, name: 
     # an input between two numbers of eight bits may be rounded either way
     bound = 1e-2 if pack.startswith(("four bits", "groups")) else 2e-5
     assert relative_difference(read(program, tokens, 20), expected_logits(model, tokens)) < bound
+
+
+def halved(weight: Tensor) -> Tensor:
+    return weight * NM(2, 4).select(weight.abs())
 
 
 def rounded_product(weight: Tensor, x: Tensor) -> Tensor:

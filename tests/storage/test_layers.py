@@ -16,6 +16,7 @@ from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
 KINDS = [("bitmask", f) for f in ("float32", "bfloat16", "int8", "int4")] + [("dense", "float32"), ("dense", "int8")]
 KINDS += [("groups", "int4"), ("nibbles", "int4"), ("csr", "bfloat16"), ("blocks4", "int8"), ("blocks16", "float32")]
+KINDS += [("nm", "float32"), ("nm", "int8")]
 
 
 def linear(bias=True, dtype=torch.float32):
@@ -88,7 +89,13 @@ def test_the_operators_keep_the_rules_of_torch():
         (torch.randn(3, 96), layer.values, layer.bias, layer.bits, layer.starts, None, 96, 0, "float32"),
     )
     layer = SparseLinear.from_linear(linear(), "dense", "int8")
-    for kind, format in (("dense", "int8"), ("groups", "int4"), ("nibbles", "int4"), ("blocks8", "int8")):
+    for kind, format in (
+        ("dense", "int8"),
+        ("groups", "int4"),
+        ("nibbles", "int4"),
+        ("blocks8", "int8"),
+        ("nm", "int8"),
+    ):
         matrix = SparseLinear.from_linear(linear(), kind, format).matrix
         parts = matrix.tensors()
         about = (",".join(parts), kind, format, 40, 96, getattr(matrix, "group", 0))

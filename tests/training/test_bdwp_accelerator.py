@@ -52,7 +52,8 @@ def test_without_any_overhead_the_cycles_are_the_closed_form(n, m):
 
 
 def test_a_layer_counted_by_hand():
-    machine = Accelerator(rows=4, columns=4, fill=3, adder_latency=2, bandwidth=1e9, sorted_weights=4, updated_weights=1)
+    sizes = {"rows": 4, "columns": 4, "fill": 3, "adder_latency": 2}
+    machine = Accelerator(**sizes, bandwidth=1e9, sorted_weights=4, updated_weights=1)
     layer = [Product("layer", 8, 16, 4)]
     plain = {s.stage: s.cycles for s in simulate_training(layer, NM(2, 4), machine, ()).stages}
     # forward: 2 tiles of 8 terms that wait 2 cycles each, filled in 3, after sorting 16 groups

@@ -129,6 +129,13 @@ class NMSparsifier(Sparsifier):
         """What weights that are not chosen are multiplied with after a number of steps."""
         return 0.0
 
+    def density_at(self, step: int) -> float:
+        """Share of the weights that take part in the step after that many, by `pattern`; a faded weight does."""
+        pattern = self.pattern_at(step, as_nm(self.pattern))
+        if pattern is None or self.fade_at(step) > 0:
+            return 1.0
+        return 1.0 - float(pattern.resolve(None))
+
     def wants_gradient(self, step: int) -> bool:
         """Whether weights that are not chosen learn: they do, which costs a dense product in each step."""
         return True

@@ -39,6 +39,7 @@ from gossamer.core.selection import (
     keep_by_comparing,
     keep_highest,
     keep_highest_jointly,
+    keep_one,
 )
 from gossamer.errors import PatternError, SparsityError, UnknownNameError
 
@@ -249,10 +250,15 @@ class NM(Pattern):
         self.resolve(sparsity)
         self.check_shape(scores.shape, name)
         scores = check_scores(scores, name).movedim(self.dim, -1)
-        groups = scores.reshape(-1, self.m)
-        # counting comparisons grows with m, partitioning does not: they meet at about 32
-        kept = keep_by_comparing(groups, self.m - self.n) if self.m <= 32 else keep_highest(groups, self.m - self.n)
+        kept = self.keep(scores.reshape(-1, self.m))
         return kept.reshape(scores.shape).movedim(-1, self.dim).contiguous()
+
+    def keep(self, groups: Tensor) -> Tensor:
+        """Mask of scores ``(groups, m)`` without NaN, each row of which is a group."""
+        if self.n == 1 and self.m > 16:
+            return keep_one(groups)
+        # counting comparisons grows with m, partitioning does not: they meet at about 32
+        return keep_by_comparing(groups, self.m - self.n) if self.m <= 32 else keep_highest(groups, self.m - self.n)
 
 
 @dataclass(frozen=True)

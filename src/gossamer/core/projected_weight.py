@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gossamer.core.masks import count_bits, mask_, pack_bits, unpack_bits
 from gossamer.core.patterns import NM, Pattern
 from gossamer.core.ranks import ranks, same_everywhere
+from gossamer.core.selection import check_scores
 from gossamer.core.sparse_sites import Site
 from gossamer.core.targets import Target
 from gossamer.errors import CheckpointError, ConfigurationError
@@ -156,11 +157,9 @@ class ProjectedWeight(Site):
         # the very bits may be part of a saved state
         self._chosen = torch.empty_like(self._everything)
         once = math.lcm(8, pattern.m) * max(1, _AT_ONCE // math.lcm(8, pattern.m))
-        flat = NM(pattern.n, pattern.m)
         for start in range(0, len(weight), once):
             part = weight[start : start + once]
-            kept = flat.select(part.abs().unsqueeze(0), name=self.name)
-            bits = pack_bits(kept)
+            bits = pack_bits(pattern.keep(check_scores(part.abs(), self.name).view(-1, pattern.m)))
             self._chosen[start // 8 : start // 8 + len(bits)] = bits
             self._divide_part(part, aside[start : start + once], bits)
         self._divided()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gossamer.core.sparse_weight import SparseWeight
 
 
 def ranks() -> int:
@@ -24,6 +27,57 @@ def same_everywhere(mask: Tensor) -> Tensor:
     bytes_ = mask.to(torch.uint8)
     torch.distributed.broadcast(bytes_, 0)
     return bytes_.to(mask.dtype)
+
+
+@torch.no_grad()
+def leave_out_of_ddp(model: nn.Module) -> list[str]:
+    """Prepare layers that store no zeros for ``DistributedDataParallel(model)``, and call it before that.
+
+    DistributedDataParallel lays out its buffers once, for parameters whose length never changes. So it is told to leave
+    these layers' values and indices alone. From now on the layers average the gradient of their values over the ranks
+    themselves, in every backward pass, and their topology may change. Every rank has to pass through each of them in
+    every step. Biases, and all other layers, stay with DistributedDataParallel.
+
+    Parameters
+    ----------
+    model
+        The very module that will be wrapped. Topologies and values become those of the first rank.
+
+    Returns
+    -------
+    list of str
+        Names of what is left out; empty if all layers are dense.
+
+    Examples
+    --------
+    >>> from gossamer.training.sparse_layers import SparseLinear
+    >>> leave_out_of_ddp(nn.Sequential(SparseLinear(4, 3), nn.ReLU(), nn.Linear(3, 2)))[0]
+    '0.values'
+    """
+    names: list[str] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, SparseWeight):
+            continue
+        module.apart = True
+        if ranks() > 1:
+            mask = module.mask()
+            first = same_everywhere(mask)
+            if not torch.equal(mask, first):
+                module.set_mask(first)
+            torch.distributed.broadcast(module.values.detach(), 0)
+        own = ["values", *(name for name, _ in module.named_buffers(recurse=False))]
+        names += [f"{prefix}.{name}" if prefix else name for name in own]
+    earlier = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*earlier, *names])
+    return names
+
+
+def average_(gradient: Tensor) -> Tensor:
+    """Average a gradient over all ranks, in place."""
+    if ranks() > 1:
+        torch.distributed.all_reduce(gradient)
+        gradient /= ranks()
+    return gradient
 
 
 def _distributed() -> bool:

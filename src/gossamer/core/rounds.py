@@ -176,6 +176,7 @@ def prune_in_rounds(
     rewind: Callable[[nn.Module], Any] | None = None,
     restart: bool = True,
     retrain: bool = False,
+    pretrained: bool = False,
     seed: int = 0,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -200,6 +201,8 @@ def prune_in_rounds(
         Whether weights return at all; if not, each round goes on from where the last one left them.
     retrain
         Whether the copy is trained under the new masks within the same round too, before it returns.
+    pretrained
+        Whether the model is trained already: a round then begins with the choice, and trains under what it chose.
     seed
         Of torch's generator in every training, and of the choice.
     include, exclude, heads
@@ -229,14 +232,15 @@ def prune_in_rounds(
         initial = _copy_of(ticket)
         start, masks = initial, parameter_masks(targets, alive)
         for number in range(rounds):
-            _train(ticket, train, masks, seed)
+            if not pretrained:
+                _train(ticket, train, masks, seed)
             earlier = (_matrices(targets, initial), _matrices(targets, start))
             alive = choose(Round(number, ticket, targets, alive, *earlier, generator))
             masks = parameter_masks(targets, alive)
             found.append(masks)
             if restart:
                 ticket.load_state_dict(initial)
-            if retrain:
+            if retrain or pretrained:
                 _train(ticket, train, masks, seed)
             if restart:
                 ticket.load_state_dict(initial)

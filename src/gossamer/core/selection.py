@@ -178,6 +178,21 @@ def keep_by_comparing(scores: Tensor, dropped: int) -> Tensor:
     return keep
 
 
+def keep_one(scores: Tensor) -> Tensor:
+    """What :func:`keep_highest` returns where all but one are dropped: a comparison with the highest of each row.
+
+    Parameters
+    ----------
+    scores
+        ``(rows, m)``, without NaN.
+    """
+    keep = scores == scores.amax(dim=1, keepdim=True)
+    if int(torch.count_nonzero(keep)) > len(scores):
+        tied = keep.sum(1) > 1
+        keep[tied] &= keep[tied].flip(1).cumsum(1).flip(1) == 1
+    return keep
+
+
 def keep_highest_jointly(scores: Mapping[str, Tensor], dropped: int) -> dict[str, Tensor]:
     """Drop the `dropped` lowest scores of many tensors together, without concatenating them.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gossamer.core.masks import mask_, pack_bits, unpack_bits
 from gossamer.core.optimizer_state import per_weight, rearrange, repair
+from gossamer.core.ranks import ranks
 from gossamer.core.sparse_weight import SparseWeight
 from gossamer.errors import ConfigurationError
 
@@ -197,6 +198,11 @@ class StoredNonzeros(Site):
         self.layer.collect_gradient, self.layer.dense_gradient = wanted, None
 
     def assign(self, mask: Tensor, optimizer: torch.optim.Optimizer | None) -> None:  # noqa: D102
+        if ranks() > 1 and not self.layer.apart and not torch.equal(mask, self.layer.mask().to(mask.device)):
+            raise ConfigurationError(
+                f"{self.name} stores no zeros, and DistributedDataParallel cannot follow a change of its length; call "
+                f"gossamer.core.ranks.leave_out_of_ddp(model) before DistributedDataParallel(model)"
+            )
         old = {} if optimizer is None else per_weight(optimizer, self.parameter)
         source = self.layer.set_mask(mask)
         if optimizer is not None:

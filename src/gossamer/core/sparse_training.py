@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer.core.masks import MaskSet, pack_bits
 from gossamer.core.optimizer_state import KEEP_ZEROS
 from gossamer.core.projected_weight import ProjectedWeight
-from gossamer.core.ranks import ranks
+from gossamer.core.ranks import average_, ranks
 from gossamer.core.sparse_sites import MaskedWeight, Site, StoredNonzeros
 from gossamer.core.sparsifier import Phase, Sparsifier, random_masks
 from gossamer.core.targets import Target
@@ -120,8 +120,9 @@ class SparseTraining(Topology):
             site.hold(self._moves_zeros)
         if ranks() > 1 and self.method.wants_gradient(self.step):
             for site in self._sites.values():
-                if not isinstance(site, ProjectedWeight):  # whose gradient is averaged with all others
-                    _average(site.gradient())
+                gradient = site.gradient()
+                if gradient is not None and not isinstance(site, ProjectedWeight):  # which is averaged with all others
+                    average_(gradient)
         self.method.change(self)
         for site in self._sites.values():
             site.settle()
@@ -266,12 +267,6 @@ def check_free(targets: Iterable[Target], optimizer: torch.optim.Optimizer) -> N
         if parameter in _FOLLOWED:
             follower = type(_FOLLOWED[parameter].method).__name__
             raise ConfigurationError(f"{name} is already followed by {follower}; finalize() that first")
-
-
-def _average(gradient: Tensor | None) -> None:
-    if gradient is not None:
-        torch.distributed.all_reduce(gradient)
-        gradient /= ranks()
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -18,11 +18,15 @@ class SparseWeight(nn.Module):
         Whether the next backward passes also add up the gradient of the whole matrix, zeros included.
     dense_gradient
         That gradient, ``(out, in)``, or None.
+    apart
+        Whether the layer averages the gradient of its values over all ranks by itself; see
+        :func:`gossamer.core.ranks.leave_out_of_ddp`.
     """
 
     values: nn.Parameter
     collect_gradient: bool
     dense_gradient: Tensor | None
+    apart: bool = False
 
     @abstractmethod
     def mask(self) -> Tensor:

@@ -1,8 +1,8 @@
 """N:M in both directions: masks whose transpose follows the pattern too.
 
 Every M × M block keeps N in each row and N in each column, so that a product with the matrix and one with its
-transpose can both be sparse. Which N² … entries are best is an assignment problem; taking the largest that still fits
-is within a factor of two of the optimum (Hubara et al., 2021, arXiv 2102.08124), and where that paints itself into a
+transpose can both be sparse. Which entries are best is an assignment problem; taking the largest that still fits is
+within a factor of two of the optimum (Hubara et al., 2021, arXiv 2102.08124), and where that paints itself into a
 corner, exchanges lead out.
 """
 
@@ -77,19 +77,25 @@ class TransposableNM(Pattern):
 def _choose(scores: Tensor, n: int) -> Tensor:
     """Blocks ``(blocks, m, m)`` of scores → bool of the same shape."""
     blocks, m, _ = scores.shape
-    kept = torch.zeros_like(scores, dtype=torch.bool)
+    # turned round, because of equal scores the first is found, and the last is wanted
+    scores = scores.flip(1, 2).clamp_min(torch.finfo(scores.dtype).min)
+    left, kept = scores.clone(), torch.zeros_like(scores, dtype=torch.bool)
     rows, columns = (torch.zeros(blocks, m, dtype=torch.int64, device=scores.device) for _ in range(2))
     every = torch.arange(blocks, device=scores.device)
-    order = scores.flatten(1).argsort(dim=1, stable=True).flip(1)
-    for place in order.unbind(1):
+    for _ in range(n * m):
+        place = left.flatten(1).argmax(1)
         row, column = place // m, place % m
-        fits = (rows[every, row] < n) & (columns[every, column] < n)
-        kept[every, row, column] = fits
+        fits = left[every, row, column] > -torch.inf
+        kept[every, row, column] |= fits
+        left[every, row, column] = -torch.inf
         rows[every, row] += fits
         columns[every, column] += fits
+        left[every, row] = left[every, row].masked_fill((rows[every, row] == n).unsqueeze(1), -torch.inf)
+        full = (columns[every, column] == n).unsqueeze(1)
+        left[every, :, column] = left[every, :, column].masked_fill(full, -torch.inf)
     while (short := (rows < n).any(1)).any():
         _exchange(scores, kept, rows, columns, n, short)
-    return kept
+    return kept.flip(1, 2)
 
 
 def _exchange(scores: Tensor, kept: Tensor, rows: Tensor, columns: Tensor, n: int, short: Tensor) -> None:

@@ -15,6 +15,7 @@ from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GROUP, GroupMatrix
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.nibbles import NibbleMatrix
+from gossamer.kernels.nm import NMMatrix
 
 MATRICES: dict[str, type[PackedMatrix]] = {
     "dense": DenseMatrix,
@@ -25,9 +26,10 @@ MATRICES: dict[str, type[PackedMatrix]] = {
     "blocks4": FourRowMatrix,
     "blocks8": EightRowMatrix,
     "blocks16": SixteenRowMatrix,
+    "nm": NMMatrix,
 }
 #: every name that a part of some kind of matrix has
-PARTS = ("bits", "values", "starts", "scales", "places", "words", "zeros", "offsets")
+PARTS = ("bits", "values", "starts", "scales", "places", "words", "zeros", "offsets", "pattern")
 _NAMES = {kind: name for name, kind in MATRICES.items()}
 _NIBBLE_GROUP = 32
 
@@ -47,13 +49,14 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
     kind
         ``dense`` keeps every weight, ``bitmask`` those that are not zero, ``groups`` the 1×16 groups that are not
         wholly zero, ``nibbles`` every weight in four bits, ``csr`` the weights that are not zero with their columns,
-        ``blocks4``, ``blocks8`` and ``blocks16`` the blocks of so many rows and one column that are not wholly zero.
+        ``blocks4``, ``blocks8`` and ``blocks16`` the blocks of so many rows and one column that are not wholly zero,
+        ``nm`` the N of every M adjacent weights of a row that the weight itself shows.
     format
         What a value is, such as ``bfloat16`` or ``int8``; by default the weight's dtype, and ``int4`` for ``groups``
         and ``nibbles``, which know no other.
     group
-        Columns that share a scale: for ``dense`` and ``bitmask`` by default a whole row, for ``nibbles`` 32. Groups
-        always have 16, and ``csr`` and blocks whole rows.
+        Columns that share a scale: for ``dense``, ``bitmask`` and ``nm`` by default a whole row, for ``nibbles`` 32.
+        Groups always have 16, and ``csr`` and blocks whole rows.
 
     Raises
     ------
@@ -64,7 +67,7 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
     """
     if kind not in MATRICES:
         raise ConfigurationError(f"kind is {kind!r}; it must be one of {', '.join(MATRICES)}")
-    if kind in ("dense", "bitmask"):
+    if kind in ("dense", "bitmask", "nm"):
         return MATRICES[kind].from_dense(weight, format, group=group)  # type: ignore[attr-defined]
     if issubclass(MATRICES[kind], BlockMatrix):
         if group is not None:

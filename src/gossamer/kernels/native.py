@@ -65,6 +65,11 @@ def native() -> Any:
     return _module
 
 
+def offers(name: str) -> bool:
+    """Whether there is a compiled function of this name; a module that was built from older sources may lack it."""
+    return _module is not None and hasattr(_module, name)
+
+
 def instruction_sets() -> list[str]:
     """Names of the instruction sets that kernels were compiled for and this processor has, the plainest first."""
     return list(_module.instruction_sets()) if _module else []

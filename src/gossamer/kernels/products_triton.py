@@ -1,4 +1,4 @@
-"""Products with packed matrices on a GPU, in Triton: bitmasks, four-bit dense, single weights and blocks of one column.
+"""Products with packed matrices on a GPU, in Triton: bitmasks, N:M, four-bit dense, single weights and blocks.
 
 One program makes the outputs of one row, panel or band for one vector: it goes through what is stored there from the
 first column to the last, so that a product always repeats to the bit. Weights of which nothing is stored are left out;
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigurationError, MissingDependencyError
+from gossamer.errors import ConfigurationError
 from gossamer.kernels.bitmask import BitmaskMatrix
 from gossamer.kernels.blocks import BlockMatrix
-from gossamer.kernels.groups_triton import available
+from gossamer.kernels.groups_triton import check_call
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.nibbles import NibbleMatrix
+from gossamer.kernels.nm import NMMatrix
 
 try:
     import triton
@@ -29,7 +30,7 @@ try:
 except ImportError:  # the package works without it
     triton = None
 
-_PANEL = 16  # rows of a program for four-bit weights
+_PANEL = 16  # rows of a program for four-bit weights and N:M
 
 
 def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tenso
     Parameters
     ----------
     matrix
-        ``(rows, columns)``: a bitmask, four-bit dense, or of blocks of one column, single weights among them.
+        ``(rows, columns)``: a bitmask, N:M, four-bit dense, or of blocks of one column, single weights among them.
     x
         ``(…, columns)``, any floating dtype. Sums are formed in float32, and inputs are not rounded.
     bias
@@ -56,20 +57,13 @@ def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tenso
     ConfigurationError
         If `x` does not fit the matrix, or there is no Triton version for its kind.
     """
-    if not available():
-        raise MissingDependencyError("triton", "gpu", "a sparse product on a GPU")
+    check_call(matrix, x)
     rows, columns = matrix.shape
-    device = next(iter(matrix.tensors().values())).device
-    if x.shape[-1:] != (columns,) or not x.is_floating_point() or x.device != device:
-        raise ConfigurationError(
-            f"x is {tuple(x.shape)} {x.dtype} on {x.device}; a matrix of {rows} × {columns} on {device} takes "
-            f"(…, {columns}) floating-point numbers there"
-        )
     launch: Callable[..., None] | None = next((r for kind, r in _LAUNCHES.items() if isinstance(matrix, kind)), None)
     if launch is None:
         raise ConfigurationError(f"{type(matrix).__name__} has no Triton version here; pack the layer as a bitmask")
     flat = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
-    outputs = torch.zeros(len(flat), rows, dtype=torch.float32, device=device)
+    outputs = torch.zeros(len(flat), rows, dtype=torch.float32, device=x.device)
     if outputs.numel() and columns:
         launch(matrix, flat, outputs)
     if bias is not None:
@@ -136,9 +130,35 @@ def _launch_blocks(matrix: BlockMatrix, x: Tensor, outputs: Tensor) -> None:
     )
 
 
+def _launch_nm(matrix: NMMatrix, x: Tensor, outputs: Tensor) -> None:
+    rows, columns = matrix.shape
+    n, m = matrix.n, matrix.m
+    bits, groups, scaled = (m - 1).bit_length(), -(-columns // m), matrix.scales is not None
+    _nm_panels[(-(-rows // _PANEL), len(x))](
+        matrix.values,
+        matrix.places,
+        matrix.scales if scaled else matrix.pattern,
+        x,
+        outputs,
+        rows,
+        columns,
+        groups,
+        min(groups, matrix.group // m) if scaled else groups,
+        matrix.places.shape[1],
+        N=n,
+        M=m,
+        BITS=bits,
+        PLACES=32 // bits,
+        SCALED=scaled,
+        PANEL=_PANEL,
+        CHUNK=32,
+    )
+
+
 _LAUNCHES: dict[type[PackedMatrix], Callable[[Any, Tensor, Tensor], None]] = {
     BitmaskMatrix: _launch_bitmask,
     NibbleMatrix: _launch_nibbles,
+    NMMatrix: _launch_nm,
     BlockMatrix: _launch_blocks,
 }
 
@@ -221,6 +241,53 @@ if triton is not None:
                 column = number * 8 + i
                 x = tl.load(inputs + vector * columns + column, mask=column < columns, other=0).to(tl.float32)
                 total += (scale * code.to(tl.float32) + offset) * x[:, None]
+        row = panel * PANEL + lane
+        tl.store(outputs + vector * rows + row, tl.sum(total, 0), mask=row < rows)
+
+    @triton.jit
+    def _nm_panels(
+        values,
+        places,
+        scales,
+        inputs,
+        outputs,
+        rows,
+        columns,
+        groups,
+        run,
+        words,
+        N: tl.constexpr,
+        M: tl.constexpr,
+        BITS: tl.constexpr,
+        PLACES: tl.constexpr,
+        SCALED: tl.constexpr,
+        PANEL: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        panel, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        lane = tl.arange(0, PANEL)
+        runs, steps = (groups + run - 1) // run, N * groups
+        words_of_pass = (run + PLACES - 1) // PLACES
+        total = tl.zeros((CHUNK, PANEL), dtype=tl.float32)
+        for first in range(0, steps, CHUNK):
+            step = first + tl.arange(0, CHUNK)
+            there = (step < steps)[:, None] & (lane >= 0)[None, :]
+            number = step // (N * run)
+            within = step - number * N * run
+            length = tl.minimum(run, groups - number * run)  # of the run; the last may be shorter
+            group = within % length
+            word = number * N * words_of_pass + within // length * ((length + PLACES - 1) // PLACES) + group // PLACES
+            stored = tl.load(places + (panel * words + word[:, None]) * PANEL + lane[None, :], mask=there, other=0)
+            place = (stored >> ((group % PLACES) * BITS)[:, None]) & (M - 1)
+            column = (number * run + group)[:, None] * M + place
+            at = (panel * steps + step[:, None]) * PANEL + lane[None, :]
+            weight = tl.load(values + at, mask=there, other=0).to(tl.float32)
+            if SCALED:
+                weight *= tl.load(
+                    scales + (panel * runs + number[:, None]) * PANEL + lane[None, :], mask=there, other=0
+                )
+            x = tl.load(inputs + vector * columns + column, mask=there & (column < columns), other=0).to(tl.float32)
+            total += weight * x
         row = panel * PANEL + lane
         tl.store(outputs + vector * rows + row, tl.sum(total, 0), mask=row < rows)
 

@@ -113,14 +113,30 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> floa
     CalibrationError
         If there is nothing to measure, or logits and labels differ in number.
     """
+    gaps, _ = _gaps(logits, labels, bins)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def maximum_calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> float:
+    """Largest |accuracy − confidence| of any bin that holds something: the MCE of arXiv 1706.04599, eq. 5.
+
+    Parameters and errors are those of :func:`calibration_error`.
+    """
+    gaps, counts = _gaps(logits, labels, bins)
+    return float((gaps.abs() / counts.clamp_min(1)).max())
+
+
+def _gaps(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Sum of (right − confidence) of every bin, and how many answers are in it."""
     if bins < 1:
         raise ConfigurationError(f"bins is {bins}; at least 1 is needed, such as 15")
     if not len(logits) or len(logits) != len(labels):
         raise CalibrationError(f"{len(logits)} rows of logits and {len(labels)} labels; one label a row is needed")
     confidence, answer = logits.double().softmax(1).max(1)
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = (answer == labels).double() - confidence
-    return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place.cpu(), gap.cpu()).abs().sum() / len(labels))
+    place = ((confidence * bins).ceil().long().clamp(1, bins) - 1).cpu()
+    gap = ((answer == labels).double() - confidence).cpu()
+    sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gap)
+    return sums, torch.bincount(place, minlength=bins)
 
 
 def auroc(positive: Tensor, negative: Tensor) -> float:

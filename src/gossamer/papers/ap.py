@@ -4,7 +4,7 @@ Networks for handwritten digits are pruned in cycles of a fifth of what is left,
 a tenth of each cycle's budget spent on negative weights that hardly moved. Controls spend it on weights at random, on
 positive weights that hardly moved, and, in the full budget, on negative ones that moved most. After each cycle the
 network is trained once, by the authors' recipe in small; accuracy and the dynamic dead neuron rate are those of images
-held out.
+held out. The full budget has more hosts, and a small VGG for crops of photographs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core.masking import static_masks
 from gossamer.core.masks import MaskSet
@@ -22,8 +22,10 @@ from gossamer.papers.digits import SIDE, Digits, digits, perceptron
 from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval
+from gossamer.papers.textures import textures, vgg
 from gossamer.training.ap import ActivateWhilePruning
-from gossamer.training.importance import SynFlow
+from gossamer.training.growing_regularization import GrowingRegularization
+from gossamer.training.importance import Host, SynFlow
 
 LOW_DENSITY = 0.1
 _RATE = 0.2
@@ -59,40 +61,69 @@ FULL: dict[str, Any] = {
         "perceptron, magnitude": list(VARIANTS),
         "perceptron, lamp": ["host", "activation", "random", "positive"],
         "perceptron, synflow": ["host", "activation"],
+        "perceptron, growing regularisation": ["host", "activation"],
         "convolutional, magnitude": ["host", "activation", "random", "positive"],
         "convolutional, lamp": ["host", "activation"],
+        "vgg, magnitude": ["host", "activation", "random", "positive"],
+        "vgg, lamp": ["host", "activation"],
+        "vgg, growing regularisation": ["host", "activation"],
     },
-    "sparsity": {"perceptron": 0.97, "convolutional": 0.97},
-    "steps": {"perceptron": 1500, "convolutional": 1000},
+    "sparsity": {"perceptron": 0.97, "convolutional": 0.97, "vgg": 0.97},
+    "steps": {"perceptron": 1500, "convolutional": 1000, "vgg": 1500},
+    "width of vgg": 8,
+    "crops": {"training": 500, "judged": 200},
+    "growing regularisation": {"penalty_step": 2e-4, "penalty_every": 10, "penalty_limit": 1e-2, "learning_rate": 1e-2},
 }
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     """Accuracy and dead neuron rate at every density."""
-    training, held_out = digits().split(settings["training"], seed)
     points: list[dict[str, Any]] = []
     cases = [(*name.split(", "), variant) for name, variants in settings["runs"].items() for variant in variants]
     for network, host, variant in progress(cases, "pruning in cycles"):
+        training, held_out = _data(settings, network, seed)
         watch = _Cycles(settings, network, training, held_out)
         method = ActivateWhilePruning(
             sparsity=settings["sparsity"][network],
             rate=_RATE,
-            host=SynFlow((1, SIDE, SIDE)) if host == "synflow" else host,
+            host=_host(settings, host, training),
             heads=True,
             seed=seed,
             **VARIANTS[variant],
         )
         torch.manual_seed(seed)
-        tickets = method.tickets(_network(network), watch.train, restart=settings["restart"])
+        tickets = method.tickets(_network(settings, network), watch.train, restart=settings["restart"])
         watch.last(method.seed, tickets[-1].masks)
         case = {"network": network, "host": host, "variant": variant}
         points += [{**case, **point} for point in watch.points]
     return {"points": points, "curves": _curves(points)}
 
 
-def _network(kind: str) -> nn.Module:
+def _data(settings: dict[str, Any], network: str, seed: int) -> tuple[Digits, Digits]:
+    """Images to learn from, and others to be judged by."""
+    if network == "vgg":
+        return textures().split(settings["crops"]["training"], settings["crops"]["judged"], seed)
+    return digits().split(settings["training"], seed)
+
+
+def _host(settings: dict[str, Any], name: str, training: Digits) -> str | Host:
+    if name == "synflow":
+        return SynFlow((1, SIDE, SIDE))
+    if name != "growing regularisation":
+        return name
+
+    def loss(model: nn.Module) -> Tensor:
+        rows = torch.randint(len(training), (settings["batch"],))
+        return nn.functional.cross_entropy(model(training.images[rows]), training.labels[rows])
+
+    return GrowingRegularization(loss, **settings[name])
+
+
+def _network(settings: dict[str, Any], kind: str) -> nn.Module:
     if kind == "perceptron":
         return perceptron()
+    if kind == "vgg":
+        return vgg(settings["width of vgg"])
     layers: list[nn.Module] = [nn.AvgPool2d(2)]
     for before, after in ((1, 8), (8, 8), (8, 16), (16, 16)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]

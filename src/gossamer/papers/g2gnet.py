@@ -5,7 +5,8 @@ edges: by groups of neighbouring, random or mixed units, at random with equal or
 separate blocks, or narrow and dense. Dense and grouped networks get the same choice of regularisation, made on images
 of their own. A fixed shuffle of the pixels takes away what neighbouring pixels have in common: if grouping neighbours
 helps because of that, it then helps no longer. Wirings that move while training (by magnitude, chance, gradient or
-correlation) exchange as many edges equally often. The full budget repeats all of it on random convolutional features.
+correlation) exchange as many edges equally often. The full budget repeats all of it on random convolutional features,
+and on crops of photographs: their pixels, and such features of them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.randomness import generator_for
-from gossamer.core.sparse_training import SparseTraining
 from gossamer.core.sparsifier import Sparsifier
 from gossamer.measure import interleave, ratio
+from gossamer.papers.digits import Digits
 from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.fashion import fashion
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, paired_difference
+from gossamer.papers.textures import textures
 from gossamer.training.g2g_layers import G2GLinear
 from gossamer.training.g2g_measures import group_measures
-from gossamer.training.g2gnet import G2G
+from gossamer.training.g2gnet import G2G, widen
 from gossamer.training.rigl import RigL
 from gossamer.training.set import SET
 from gossamer.training.static import Static
@@ -67,7 +69,8 @@ FULL: dict[str, Any] = {
     "p_inter": [0.0, 0.05, 0.3, 0.6],
     "rewiring": [[prune, grow] for prune in ("hebbian", "set", "random") for grow in ("hebbian", "random", "gradient")],
     "exchanges": 12,
-    "features": ["pixels", "random convolution"],
+    "crops": {"images": 400, "validation": 200, "held_out": 600},
+    "features": ["pixels", "random convolution", "texture pixels", "texture random convolution"],
     "speed": {"width": 2048, "batch": 128, "rounds": 15},
 }
 
@@ -140,22 +143,35 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
 
 def _data(settings: dict[str, Any], features: str, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Part → features ``(n, units)``, and labels."""
-    training, rest = fashion().split(settings["images"], seed)
-    validation, rest = rest.split(settings["validation"], seed)
-    held_out, _ = rest.split(settings["held_out"], seed)
-    turn = partial(torch.flatten, start_dim=1) if features == "pixels" else _random_convolution(seed)
-    parts = {}
-    for name, part in (("training", training), ("validation", validation), ("held_out", held_out)):
-        images = part.images.float().sub(127.5).div(64)
-        parts[name] = (turn(images), part.labels)
-    if features != "pixels":
+    pixels = features.endswith("pixels")
+    turn = partial(torch.flatten, start_dim=1) if pixels else _random_convolution(seed)
+    split = _crops if features.startswith("texture ") else _clothes
+    parts = {name: (turn(part.images), part.labels) for name, part in split(settings, seed).items()}
+    if not pixels:
         mean, deviation = parts["training"][0].mean(0), parts["training"][0].std(0) + 1e-6
         parts = {name: ((values - mean) / deviation, labels) for name, (values, labels) in parts.items()}
     return parts
 
 
+def _clothes(settings: dict[str, Any], seed: int) -> dict[str, Digits]:
+    training, rest = fashion().split(settings["images"], seed)
+    validation, rest = rest.split(settings["validation"], seed)
+    held_out, _ = rest.split(settings["held_out"], seed)
+    parts = {"training": training, "validation": validation, "held_out": held_out}
+    return {name: Digits(part.images.float().sub(127.5).div(64), part.labels) for name, part in parts.items()}
+
+
+def _crops(settings: dict[str, Any], seed: int) -> dict[str, Digits]:
+    """Of photographs: those for choosing come from the squares to learn from."""
+    own, found = settings["crops"], textures()
+    training, rest = found.training.split(own["images"], seed)
+    validation, _ = rest.split(own["validation"], seed)
+    held_out, _ = found.held_out.split(own["held_out"], seed)
+    return {"training": training, "validation": validation, "held_out": held_out}
+
+
 def _random_convolution(seed: int) -> Callable[[Tensor], Tensor]:
-    """A layer of random filters, never trained: ``(n, 1, 28, 28)`` → ``(n, 512)``, with a filter's places together."""
+    """A layer of random filters, never trained: ``(n, 1, side, side)`` → ``(n, 512)``, a filter's places together."""
     filters = torch.randn(32, 1, 5, 5, generator=generator_for("random filters", seed)) / 5
 
     def turn(images: Tensor) -> Tensor:
@@ -175,7 +191,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings["steps"])
     followed = case.method.attach(network, optimizer) if case.method else None
     if followed:
-        _widen(followed)
+        widen(followed)
     order = torch.randint(len(labels), (settings["steps"], settings["batch"]), generator=generator_for("batches", seed))
     inputs = inputs[:, pixel_shuffle(inputs.shape[1])] if case.shuffled else inputs
     network.train()
@@ -193,14 +209,6 @@ def _train(
     if followed:
         followed.finalize()
     return network, measures
-
-
-def _widen(followed: SparseTraining) -> None:
-    """Make up for missing edges, so that the signal of a sparse network starts as strong as that of a dense one."""
-    for name in followed.targets:
-        edges = followed.mask(name).sum(1, keepdim=True).clamp_min(1)
-        weight = followed.weight(name)
-        weight.mul_((weight.shape[1] / edges).sqrt())
 
 
 def perceptron(inputs: int, hidden: list[int], dropout: float = 0.0, sparsity: float = 0.0) -> nn.Sequential:

@@ -4,6 +4,7 @@ Two families are trained for equally many steps: a perceptron on handwritten dig
 of Python source. The large network of each is pruned along the cubic ramp to several sparsities; against each stands
 the smallest dense network that takes at least as many bytes as the large one with a bit mask. Controls at one
 sparsity: everything at once at the end of the ramp, a straight ramp, chance, and a ramp that ends with the training.
+The full budget tells the same of residual networks, which learn crops of photographs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gossamer.papers.python_source import python_source
 from gossamer.papers.results import Verdict
 from gossamer.papers.sparse_runs import Recipe, accuracy, fully_connected, train_images
 from gossamer.papers.statistics import Interval, mean_interval
+from gossamer.papers.textures import residual, textures
 from gossamer.training.gmp import GradualMagnitudePruning
 
 _HELD_OUT = 0.1  # of the bytes of a text
@@ -64,6 +66,16 @@ FULL: dict[str, Any] = {
         "judged": 1000,
         "controls": ["at once", "random"],
     },
+    "residual": {
+        "width": 32,
+        "blocks": 1,
+        "images": 500,
+        "judged": 300,
+        "steps": 3000,
+        "batch": 64,
+        "learning_rate": 0.1,
+        "controls": ["at once", "random"],
+    },
 }
 
 
@@ -88,7 +100,7 @@ class ByteLstm(nn.Module):
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
-    """Both families, each trained once for every case."""
+    """All families that the settings name, each trained once for every case."""
     points: dict[str, list[dict[str, float]]] = {}
     own = settings["perceptron"]
     for number in range(own["networks"]):
@@ -96,6 +108,9 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
             points.setdefault(f"perceptron, {label}", []).append(row)
     for label, row in _lstms(settings, seed, progress):
         points.setdefault(f"LSTM, {label}", []).append(row)
+    if "residual" in settings:
+        for label, row in _residuals(settings, seed, progress):
+            points.setdefault(f"residual, {label}", []).append(row)
     return {"points": points, "curves": _curves(points)}
 
 
@@ -111,6 +126,23 @@ def _perceptrons(settings: dict[str, Any], seed: int, progress: Track) -> Iterat
         return model, 100 * (1 - accuracy(model, held_out))
 
     yield from _family(settings, own, lambda width: fully_connected(784, width, width, 10), train, seed, progress)
+
+
+def _residuals(settings: dict[str, Any], seed: int, progress: Track) -> Iterator[tuple[str, dict[str, float]]]:
+    own = settings["residual"]
+    training, held_out = textures().split(own["images"], own["judged"], seed)
+    recipe = Recipe(own["steps"], own["batch"], own["learning_rate"])
+
+    def build(width: int) -> nn.Module:
+        return residual(width, own["blocks"])
+
+    def train(width: int, method: Sparsifier | None) -> tuple[nn.Module, float]:
+        torch.manual_seed(seed)
+        model = build(width)
+        train_images(model, training, recipe, seed, method)
+        return model, 100 * (1 - accuracy(model, held_out))
+
+    yield from _family(settings, own, build, train, seed, progress)
 
 
 def _lstms(settings: dict[str, Any], seed: int, progress: Track) -> Iterator[tuple[str, dict[str, float]]]:
@@ -229,17 +261,19 @@ def decide(observations: list[Observation]) -> Verdict:
     shares = [label.removeprefix("LSTM, small for ") for label in labels if label.startswith("LSTM, small for ")]
     control = next(label for label in labels if label.startswith("LSTM, random at ")).rpartition(" ")[2]
     needed, spared, told = {}, {}, {}
-    for family in ("perceptron", "LSTM"):
-        large = f"{family}, large at "
+    for family in ("perceptron", "LSTM", *(["residual"] if "residual, large, dense" in labels else [])):
+        large, decides = f"{family}, large at ", family != "residual"
         for share in shares:
             name = f"{family}, small − large at {share}"
-            needed[name] = _difference(observations, f"{family}, small for {share}", large + share)
+            (needed if decides else told)[name] = _difference(
+                observations, f"{family}, small for {share}", large + share
+            )
         for other in CONTROLS:
             if f"{family}, {other} at {control}" not in labels:
                 continue
             found = _difference(observations, f"{family}, {other} at {control}", large + control)
             group = needed if other == "random" else spared if other == "at once" else told
-            group[f"{family}, {other} − large at {control}"] = found
+            (group if decides else told)[f"{family}, {other} − large at {control}"] = found
         told[f"{family}, large at {control} − dense"] = _difference(
             observations, large + control, f"{family}, large, dense"
         )

@@ -3,7 +3,8 @@
 A perceptron learns handwritten digits and a convolutional network clothes, every time with the same steps and batches,
 under seven methods that end at the same sparsity: GraNet from a sparse and from a dense start and with random growth,
 gradual magnitude pruning, RigL, SET and a static random mask. Then a dense training is interrupted at several moments
-and pruned, with and without regeneration.
+and pruned, with and without regeneration. In the full budget a residual network learns crops of photographs too, and
+counts with the others.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gossamer.papers.sparse_runs import (
     train_images,
 )
 from gossamer.papers.statistics import Interval, mean_interval
+from gossamer.papers.textures import residual, textures
 from gossamer.training.gmp import GradualMagnitudePruning
 from gossamer.training.granet import GraNet
 from gossamer.training.plasticity import pruning_plasticity
@@ -55,6 +57,15 @@ QUICK: dict[str, Any] = {
 FULL: dict[str, Any] = {
     "digits": {**QUICK["digits"], "steps": 2500},
     "clothes": {**QUICK["clothes"], "sparsities": [0.9, 0.95, 0.98], "images": 5000, "judged": 1000, "steps": 5000},
+    "textures": {
+        "sparsities": [0.9, 0.95, 0.98],
+        "images": 500,
+        "judged": 300,
+        "steps": 3000,
+        "batch": 64,
+        "width": 16,
+        "blocks": 1,
+    },
     "learning_rate": 0.1,
     "plasticity": {
         "moments": [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75],
@@ -66,6 +77,7 @@ FULL: dict[str, Any] = {
 NETWORKS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "digits": lambda own: fully_connected(784, 512, 256, 10, normalized=True),
     "clothes": lambda own: convolutional(*own["channels"]),
+    "textures": lambda own: residual(own["width"], own["blocks"]),
 }
 
 
@@ -86,8 +98,10 @@ def contestants(sparsity: float, steps: int, seed: int) -> dict[str, Sparsifier]
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
-    """Accuracies of both tasks, and plasticity on digits."""
+    """Accuracies of all tasks that the settings name, and plasticity on digits."""
     tasks = {"digits": _digits(settings["digits"], seed), "clothes": _clothes(settings["clothes"], seed)}
+    if own := settings.get("textures"):
+        tasks["textures"] = textures().split(own["images"], own["judged"], seed)
     accuracies: dict[str, float] = {}
     for task, (training, held_out) in tasks.items():
         own = settings[task]
@@ -181,7 +195,7 @@ RIVALS = ("gradual magnitude", "RigL", "SET", "GraNet, random growth", "GraNet, 
 
 
 def decide(observations: list[Observation]) -> Verdict:
-    """Means over both tasks at high sparsity, paired by seed; plasticity, paired by seed."""
+    """Means over all tasks at high sparsity, paired by seed; plasticity, paired by seed."""
     if len(observations) < 2:
         return Verdict("inconclusive", "one seed gives no interval; run at least two", {})
     ours = _high(observations, "GraNet")
@@ -200,7 +214,7 @@ def decide(observations: list[Observation]) -> Verdict:
 
 
 def _high(observations: list[Observation], name: str) -> list[float]:
-    """Mean accuracy of a method over both tasks and all high sparsities, for every seed."""
+    """Mean accuracy of a method over all tasks and all high sparsities, for every seed."""
     found = []
     for observation in observations:
         values = [

@@ -3,19 +3,23 @@
 Perceptrons of growing width learn handwritten digits, dense and under a random mask that is drawn before training;
 small dense ones of equally many weights stand beside them. On clothes a convolutional network compares rules for the
 densities of its layers with SNIP itself and with gradual magnitude pruning. For one width, calibration, the detection
-of clothes among digits, and a simple attack are measured as well.
+of clothes among digits, and a simple attack are measured as well. The full budget does all of it for residual networks
+on crops of photographs too, of growing depth and of growing width; photographs of other things are what they do not
+know.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core.sparsifier import Sparsifier
+from gossamer.measure.mode_connectivity import rank_correlation
 from gossamer.measure.robustness import Robustness, robustness
 from gossamer.papers.digits import Digits, digits
 from gossamer.papers.experiment import Experiment, Observation, Track
@@ -23,6 +27,7 @@ from gossamer.papers.fashion import fashion
 from gossamer.papers.results import Verdict
 from gossamer.papers.sparse_runs import Recipe, accuracy, batches, convolutional, fully_connected, train_images
 from gossamer.papers.statistics import Interval, mean_interval
+from gossamer.papers.textures import residual, textures
 from gossamer.training.gmp import GradualMagnitudePruning
 from gossamer.training.random_pruning import RandomPruning
 
@@ -55,18 +60,33 @@ FULL: dict[str, Any] = {
         "judged": 1000,
         "steps": 5000,
     },
+    "textures": {
+        "blocks": [1, 2, 3, 5, 7],
+        "depth_width": 8,
+        "widths": [4, 8, 16, 32],
+        "width_blocks": 1,
+        "sparsity": 0.9,
+        "sparsities": [0.5, 0.8],
+        "images": 500,
+        "judged": 300,
+        "steps": 3000,
+        "batch": 64,
+    },
 }
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
-    """Both tasks."""
+    """All tasks that the settings name."""
     found, views = _digits(settings, seed, progress)
-    return {
+    observed = {
         "digits": found,
         "robustness": views,
         "clothes": _clothes(settings, seed, progress),
         "curves": _curves(found),
     }
+    if "textures" in settings:
+        observed["textures"], observed["robustness on textures"] = _textures(settings, seed, progress)
+    return observed
 
 
 def _digits(
@@ -85,7 +105,9 @@ def _digits(
         train_images(model, training, recipe, seed, RandomPruning(sparsity=sparsity, seed=seed) if sparsity else None)
         accuracies[label] = 100 * accuracy(model, held_out)
         if width == own["robust_width"] and sparsity in (0.0, own["sparsity"]):
-            views["random" if sparsity else "dense"] = _views(model, held_out, settings["epsilon"], seed)
+            clothes, _ = fashion().split(len(held_out) // 10, seed)
+            strange = [clothes.images.float() / 255]
+            views["random" if sparsity else "dense"] = _views(model, held_out, strange, settings["epsilon"])
 
     cases = [(f"{kind} {width}", width, share) for width in own["widths"] for kind, share in _kinds(own)]
     cases += [(f"random {own['sweep_width']} at {s}", own["sweep_width"], s) for s in own["sparsities"]]
@@ -108,11 +130,16 @@ def _width_of(width: int, sparsity: float) -> int:
     return next(small for small in range(1, width + 1) if weights(small) >= (1 - sparsity) * weights(width))
 
 
-def _views(model: nn.Module, held_out: Digits, epsilon: float, seed: int) -> dict[str, float]:
-    """How robust a network is; clothes are what it does not know."""
-    strange, _ = fashion().split(len(held_out) // 10, seed)
+def _views(
+    model: nn.Module,
+    held_out: Digits,
+    strange: Iterable[Tensor],
+    epsilon: float,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+) -> dict[str, float]:
+    """How robust a network is, with batches of what it does not know."""
     inside = zip(held_out.images.split(500), held_out.labels.split(500))
-    found: Robustness = robustness(model, inside, [strange.images.float() / 255], epsilon=epsilon)
+    found: Robustness = robustness(model, inside, strange, epsilon=epsilon, bounds=bounds)
     return {view: getattr(found, view) for view in VIEWS}
 
 
@@ -136,9 +163,32 @@ def _clothes(settings: dict[str, Any], seed: int, progress: Track) -> dict[str, 
     return found
 
 
-def contestants(
-    sparsity: float, steps: int, batch: tuple[torch.Tensor, torch.Tensor], seed: int
-) -> dict[str, Sparsifier]:
+def _textures(
+    settings: dict[str, Any], seed: int, progress: Track
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Accuracies in per cent of residual networks on crops, by size; and the other views of the widest two."""
+    own = settings["textures"]
+    training, held_out = textures().split(own["images"], own["judged"], seed)
+    recipe = Recipe(own["steps"], own["batch"], settings["learning_rate"])
+    sizes = [(f"depth {6 * blocks + 2}", own["depth_width"], blocks) for blocks in own["blocks"]]
+    sizes += [(f"width {width}", width, own["width_blocks"]) for width in own["widths"]]
+    cases = [(kind, size, share) for size in sizes for kind, share in _kinds(own)]
+    cases += [(f"random at {share}", sizes[-1], share) for share in own["sparsities"]]
+    found: dict[str, float] = {}
+    views: dict[str, dict[str, float]] = {}
+    for kind, (size, width, blocks), share in progress(cases, "textures: training"):
+        torch.manual_seed(seed)
+        model = residual(width, blocks)
+        method = RandomPruning(sparsity=share, allocation="erdos-renyi-kernel", seed=seed) if share else None
+        train_images(model, training, recipe, seed, method)
+        found[f"{kind} {size}"] = 100 * accuracy(model, held_out)
+        if size == sizes[-1][0] and kind in ("dense", "random"):
+            strange = textures().strange.split(500)
+            views[kind] = _views(model, held_out, strange, settings["epsilon"], bounds=None)
+    return found, views
+
+
+def contestants(sparsity: float, steps: int, batch: tuple[Tensor, Tensor], seed: int) -> dict[str, Sparsifier]:
     """Rules for densities, and what they are compared with, by name."""
 
     def drawn(allocation: str, **options: Any) -> RandomPruning:
@@ -191,6 +241,7 @@ def decide(observations: list[Observation]) -> Verdict:
     numbers: dict[str, Interval | float] = {"rank correlation of width and gap": closing}
     numbers |= {f"gap at width {width}": gaps[width] for width in widths}
     numbers |= {f"random − small dense at width {widths[-1]}": small, **rules, **_told(observations)}
+    numbers |= _on_textures(observations)
     wrong = [name for name, value in spared.items() if value.below_zero]
     if closing > 0:
         wrong.append("rank correlation of width and gap")
@@ -203,19 +254,6 @@ def decide(observations: list[Observation]) -> Verdict:
     if not small.above_zero:
         return Verdict("inconclusive", "the interval reaches across zero: random − small dense", numbers)
     return Verdict("holds", "the gap to dense closes with width, and random beats small and dense", numbers)
-
-
-def rank_correlation(x: list[int], y: list[float]) -> float:
-    """Spearman's ρ; equal values share their mean rank, and 0 stands for the constant."""
-
-    def ranks(values: list[Any]) -> np.ndarray:
-        array = np.asarray(values, dtype=np.float64)
-        return np.array([(array < one).sum() + ((array == one).sum() - 1) / 2 for one in array])
-
-    a, b = ranks(x), ranks(y)
-    if a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _gaps(observations: list[Observation]) -> dict[int, Interval]:
@@ -247,9 +285,35 @@ def _told(observations: list[Observation]) -> dict[str, Interval | float]:
     for view in VIEWS:
         values = [o["robustness"]["random"][view] - o["robustness"]["dense"][view] for o in observations]
         numbers[f"{view.replace('_', ' ')}, random − dense"] = mean_interval(values)
-    for task in ("digits", "clothes"):
+    for task in (task for task in ("digits", "clothes", "textures") if task in observations[0]):
         for label in observations[0][task]:
             numbers[f"accuracy, {task}, {label}"] = float(np.mean([o[task][label] for o in observations]))
+    return numbers
+
+
+def _on_textures(observations: list[Observation]) -> dict[str, Interval | float]:
+    """How the gap closes with depth and with width, and whether the widest network is better random than dense."""
+    if "textures" not in observations[0]:
+        return {}
+    labels = observations[0]["textures"]
+    numbers: dict[str, Interval | float] = {}
+    for side in ("depth", "width"):
+        sizes = [int(label.removeprefix(f"dense {side} ")) for label in labels if label.startswith(f"dense {side} ")]
+        pairs = {size: (f"dense {side} {size}", f"random {side} {size}") for size in sizes}
+        gaps = {size: _difference(observations, "textures", *pair) for size, pair in pairs.items()}
+        closing = rank_correlation(sizes, [gaps[size].mean for size in sizes])
+        numbers[f"textures, rank correlation of {side} and gap"] = closing
+        numbers |= {f"textures, gap at {side} {size}": gap for size, gap in gaps.items()}
+    widest = f" width {max(sizes)}"
+    for label in labels:
+        kind = label.removesuffix(widest)
+        if label.endswith(widest) and kind != "dense":
+            beaten = _difference(observations, "textures", label, f"dense{widest}")
+            numbers[f"textures, wide beats dense: {kind} − dense at{widest}"] = beaten
+    views = [o["robustness on textures"] for o in observations]
+    for view in VIEWS:
+        values = [row["random"][view] - row["dense"][view] for row in views]
+        numbers[f"textures, {view.replace('_', ' ')}, random − dense"] = mean_interval(values)
     return numbers
 
 

@@ -4,7 +4,7 @@ Networks that are too small for their task, a perceptron for handwritten digits 
 are trained as they are, and in the four forms of Sparse-IFT, all with the same settings, steps and operations: zeros
 explore with RigL, with SET, or stay where they are. Beside them a dense network with twice the operations, the small
 network made sparse without being made larger, and a network that is far too large to gain anything. The same is done
-with the feed-forward layers of a byte-level language model.
+with the feed-forward layers of a byte-level language model, and in the full budget on crops of photographs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gossamer.papers.fashion import fashion
 from gossamer.papers.python_source import python_source
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval, paired_difference
+from gossamer.papers.textures import textures
 from gossamer.training.isoflop_report import isoflop_report
 from gossamer.training.rigl import RigL
 from gossamer.training.set import SET
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Sparsifier]] = {"rigl": RigL, "set": SET, "static": Stat
 _ONE, _BOTH, _ALL = [0.75], [0.75, 0.9], [0.5, 0.75, 0.9]
 _OTHERS = ("wide+set", "parallel+rigl", "factorized+rigl", "doped+rigl")
 _DECIDING = ("wide+rigl", "wide+static", "small+rigl")
+_FORMS = (*_DECIDING, *_OTHERS)
 QUICK: dict[str, Any] = {
     "rate": 0.1,
     "batch": 64,
@@ -51,13 +53,7 @@ QUICK: dict[str, Any] = {
         "steps": 500,
         "forms": dict.fromkeys(_DECIDING, _BOTH) | dict.fromkeys(_OTHERS, _ONE),
     },
-    "clothes": {
-        "training": 500,
-        "held_out": 200,
-        "width": 6,
-        "steps": 300,
-        "forms": dict.fromkeys(_DECIDING, _ONE),
-    },
+    "clothes": {"training": 500, "held_out": 200, "width": 6, "steps": 300, "forms": dict.fromkeys(_DECIDING, _ONE)},
     "control": {"training": 300, "width": 512, "steps": 150, "forms": {"wide+rigl": [0.75]}},
     "language": {
         "bytes": 2_000_000,
@@ -75,15 +71,16 @@ QUICK: dict[str, Any] = {
 FULL: dict[str, Any] = {
     **QUICK,
     "every": 100,
-    "digits": {**QUICK["digits"], "steps": 4000, "forms": dict.fromkeys((*_DECIDING, *_OTHERS), _ALL)},
+    "digits": {**QUICK["digits"], "steps": 4000, "forms": dict.fromkeys(_FORMS, _ALL)},
     "clothes": {
         **QUICK["clothes"],
         "training": 5000,
         "held_out": 1900,
         "width": 8,
         "steps": 4000,
-        "forms": dict.fromkeys((*_DECIDING, *_OTHERS), _ALL),
+        "forms": dict.fromkeys(_FORMS, _ALL),
     },
+    "textures": {"training": 500, "held_out": 300, "width": 8, "steps": 4000, "forms": dict.fromkeys(_FORMS, _ALL)},
     "control": {**QUICK["control"], "width": 1024, "steps": 2000},
     "language": {
         **QUICK["language"],
@@ -145,7 +142,7 @@ def convolutional(width: int) -> nn.Sequential:
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     """Accuracy of every form on every task, their operations, and losses of the language model."""
     observed: Observation = {name: {} for name in ("accuracy", "operations", "training operations", "log2 masks")}
-    for name in ("digits", "clothes", "control"):
+    for name in (name for name in ("digits", "clothes", "textures", "control") if name in settings):
         own = {**settings, **settings[name]}
         task = _task(name, own, seed)
         for form, sparsity in progress(_cases(own["forms"], twice=name != "control"), name):
@@ -169,6 +166,8 @@ def _cases(forms: dict[str, list[float]], twice: bool) -> list[tuple[str, float]
 
 
 def _task(name: str, settings: dict[str, Any], seed: int) -> Task:
+    if name == "textures":
+        return Task(convolutional, *textures().split(settings["training"], settings["held_out"], seed), whole=False)
     if name != "clothes":
         return Task(perceptron, *digits().split(settings["training"], seed), whole=True)
     training, rest = fashion().split(settings["training"], seed)
@@ -329,6 +328,10 @@ def decide(observations: list[Observation]) -> Verdict:
         numbers[f"accuracy, digits, {form} − dense"] = _difference(observations, "digits", form, "dense")
     for task in ("digits", "clothes"):
         numbers[f"accuracy, {task}, wide+rigl − twice"] = _difference(observations, task, "wide+rigl", "twice")
+    for rival in (
+        ("dense", "wide+static", "small+rigl", "twice") if "textures, dense" in observations[0]["accuracy"] else ()
+    ):
+        numbers[f"accuracy, textures, wide+rigl − {rival}"] = _difference(observations, "textures", "wide+rigl", rival)
     worst = max(
         abs(math.log(ratio))
         for observation in observations

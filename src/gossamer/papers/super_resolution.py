@@ -1,4 +1,4 @@
-"""Making photographs twice or three times as large: real pictures, two small networks, and one fixed way to judge.
+"""Making photographs two, three or four times as large: real pictures, two small networks, and one fixed way to judge.
 
 The pictures come with scikit-image, scikit-learn and foolbox, of which nothing but their files is used. Small versions
 are made with torch's bicubic interpolation with antialiasing, rounded to bytes. Networks are judged on the luma Y of
@@ -179,7 +179,7 @@ class ResidualNetwork(nn.Module):
     Parameters
     ----------
     scale
-        2 or 3.
+        2, 3 or 4.
     width, blocks
         Channels, and residual blocks of two convolutions.
     """
@@ -212,7 +212,7 @@ class WindowNetwork(nn.Module):
     Parameters
     ----------
     scale
-        2 or 3.
+        2, 3 or 4.
     width, blocks, heads
         Channels, transformer blocks, and heads of each.
     window
@@ -280,7 +280,7 @@ class SuperResolution:
     pictures
         To learn from and to be judged by.
     scale
-        2 or 3.
+        2, 3 or 4.
     patch
         Side of a small patch, in pixels.
     batch, steps, rate

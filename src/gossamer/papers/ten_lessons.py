@@ -42,6 +42,7 @@ from gossamer.training.static import Static
 SPARSITY = 0.9
 TICKET, ONE_SHOT, SMALL = "lottery ticket", "one-shot, then tuned", "small and dense"
 _CYCLES = 3
+_TRIES, _CLOSE = 3, 0.02
 QUICK: dict[str, Any] = {
     "images": 400,
     "batch": 64,
@@ -163,10 +164,8 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     budget = cost.training_flops / settings["steps"] * settings["budget"]
     by_steps, by_operations = {}, {}
     for name, train in progress(_TRAINED.items(), "two budgets"):
-        by_steps[name] = _result(task, *train(task, settings["steps"]))
-        operations = sum(by_steps[name]["operations"])
-        steps = max(1, round(settings["steps"] * budget / operations))
-        by_operations[name] = _result(task, *train(task, steps))
+        by_steps[name] = _trained(task, train, settings["steps"])
+        by_operations[name] = _within(budget, settings["steps"], by_steps[name], partial(_trained, task, train))
     return {
         "dense": accuracy(dense, held_out),
         "by steps": by_steps,
@@ -177,6 +176,22 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
             for title, found in {"equal steps a stage": by_steps, "equal operations": by_operations}.items()
         },
     }
+
+
+def _trained(task: _Task, train: Callable[[_Task, int], Trained], steps: int) -> dict[str, Any]:
+    return _result(task, *train(task, steps))
+
+
+def _within(budget: float, steps: int, found: dict[str, Any], train: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """Train for as many steps as the budget allows; what is done at a fixed number of them, such as growing by the
+    gradient of all weights, makes operations no multiple of steps, so that the number may have to be mended.
+    """
+    for _ in range(_TRIES):
+        steps = max(1, round(steps * budget / found["all operations"]))
+        found = train(steps)
+        if abs(found["all operations"] - budget) <= _CLOSE * budget:
+            break
+    return found
 
 
 def _result(task: _Task, model: nn.Module, masks: MaskSet | None, costs: list[TrainingCost]) -> dict[str, Any]:
@@ -294,7 +309,7 @@ experiment = Experiment(
     run=run,
     decide=decide,
     budgets={"quick": QUICK, "full": FULL},
-    seeds=5,
+    seeds=3,
     x_label="small, random, SNIP, RigL, GMP, GraNet, one-shot, lottery ticket",
     y_label="accuracy, %",
 )

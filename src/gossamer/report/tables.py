@@ -9,6 +9,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from gossamer.methods import methods
 from gossamer.papers.catalogue import ROOMS, Paper, papers
 from gossamer.papers.results import Result, shipped_directory, stored_result
 from gossamer.papers.statistics import Interval
@@ -37,7 +38,21 @@ def methods_table() -> str:
         if inside:
             parts.append(f"## {room}: {description}\n")
             parts.append(table(_METHOD_COLUMNS, map(_method_row, inside)))
-    return "\n".join(parts)
+    return "\n".join([*parts, taxonomy_table()])
+
+
+def taxonomy_table() -> str:
+    """Return the Markdown section that says where every registered method stands."""
+    columns = ("method", "paradigm", "path", "topology", "decided", "by", "allocation", "zeros", "aims at")
+    rows = []
+    for name, method in methods().items():
+        said = method.taxonomy
+        lists = (said.path, said.criterion, said.patterns, said.aims)
+        path, criterion, patterns, aims = (", ".join(values) for values in lists)
+        row = (said.paradigm, path, said.topology, said.timing, criterion, said.allocation, patterns, aims)
+        rows.append((f"`{name}`", *row))
+    about = "The axes are those of [the handbook](handbook.md); `gossamer methods --where during` filters by them.\n"
+    return "\n".join(["## Where every method stands\n", about, table(columns, rows)])
 
 
 def reproductions_table() -> str:

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.patterns import NM
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.blocks import FORMATS as BLOCK_FORMATS
 from gossamer.kernels.groups import GROUP
 from gossamer.kernels.kinds import pack
-from gossamer.kernels.native import available, instruction_set
+from gossamer.kernels.native import available, instruction_set, offers
+from gossamer.kernels.nm import FORMATS as NM_FORMATS
 from gossamer.measure import Timing, describe_machine, interleave
 from gossamer.models.packages import cache_directory
 from gossamer.storage.atomic import write_json
@@ -79,6 +81,8 @@ class Case:
     block
         Height of the blocks of one column that the weight is made of: see
         :func:`gossamer.kernels.blocks.block_height`.
+    pattern
+        N:M that the weight follows along its columns: see :func:`gossamer.kernels.nm.find_pattern`.
     """
 
     rows: int
@@ -88,6 +92,7 @@ class Case:
     batch: int = 1
     groups: float = 1.0
     block: int = 1
+    pattern: NM | None = None
 
     @property
     def key(self) -> str:
@@ -95,7 +100,8 @@ class Case:
         name = str(self.dtype).removeprefix("torch.")
         density, groups = f"{_coarse(self.density):.{_DECIMALS}f}", f"{_coarse(self.groups):.{_DECIMALS}f}"
         blocks = f" blocks of {self.block}" if self.block > 1 else ""
-        return f"{self.rows}x{self.columns} {density} {groups} {name} {self.batch}{blocks}"
+        pattern = f" {self.pattern}" if self.pattern else ""
+        return f"{self.rows}x{self.columns} {density} {groups} {name} {self.batch}{blocks}{pattern}"
 
 
 def _coarse(share: float) -> float:
@@ -140,6 +146,7 @@ def candidates(
     groups: float = 1.0,
     density: float = 1.0,
     block: int = 1,
+    pattern: NM | None = None,
 ) -> list[Storage]:
     """Return every way to keep a weight in one of the formats; what torch does itself comes first.
 
@@ -157,6 +164,8 @@ def candidates(
         Share of the weights that are not zero; where they are few, storing each with its column is a way as well.
     block
         Height of the blocks of one column that the weight is made of; from four on, storing these is a way as well.
+    pattern
+        N:M that the weight follows; where there is one, storing N of every M is a way as well.
 
     Raises
     ------
@@ -177,6 +186,8 @@ def candidates(
         else:
             found.append(Storage("dense", format, grouped))
         found.append(Storage("bitmask", format, grouped))
+        if pattern is not None and format in NM_FORMATS and offers("nm_linear"):
+            found.append(Storage("nm", format, grouped))
         if format in BLOCK_FORMATS and grouped is None:
             found += [Storage("csr", format)] if density <= CSR_PAYS else []
             found += [Storage(f"blocks{block}", format)] if block > 1 else []
@@ -225,6 +236,10 @@ def measure_storages(case: Case, storages: Sequence[Storage], repeats: int = 5) 
 
 def _random_weight(case: Case, generator: torch.Generator) -> Tensor:
     weight = torch.randn(case.rows, case.columns, generator=generator)
+    if case.pattern is not None:
+        padded = -(-case.columns // case.pattern.m) * case.pattern.m
+        kept = case.pattern.select(torch.rand(-(-case.rows // case.block), padded, generator=generator))
+        return weight * kept.repeat_interleave(case.block, 0)[: case.rows, : case.columns]
     if case.block > 1:
         blocks = torch.rand(-(-case.rows // case.block), case.columns, generator=generator) < case.density
         return weight * blocks.repeat_interleave(case.block, 0)[: case.rows]

@@ -17,6 +17,7 @@ from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.kinds import group_density, pack
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.native import available
+from gossamer.kernels.nm import find_pattern
 from gossamer.runtime.choice import GROUPS_PAY, Case, Choices, Storage, candidates, fastest
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
@@ -199,12 +200,13 @@ def _case(weight: Tensor, batch: int) -> Case:
     rows, columns = weight.shape
     density = float(torch.count_nonzero(weight)) / max(1, weight.numel())
     block = block_height(weight) if density < 1 else 1
-    return Case(rows, columns, density, weight.dtype, batch, group_density(weight), block)
+    pattern = find_pattern(weight, str(weight.dtype).removeprefix("torch.")) if density < 1 else None
+    return Case(rows, columns, density, weight.dtype, batch, group_density(weight), block, pattern)
 
 
 def _storages(weight: Tensor, case: Case, format: str | None, group: int | None) -> list[Storage]:
     """What a weight may be kept as, given what its values may become."""
-    zeros = (case.groups, case.density, case.block)
+    zeros = (case.groups, case.density, case.block, case.pattern)
     if format is not None:
         return candidates([format], case.dtype, group, *zeros)
     own = str(case.dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.native import INT4, VALUE_CODES
 from gossamer.kernels.nibbles import NibbleMatrix
+from gossamer.kernels.nm import NMMatrix
 
 Pack = Callable[[str, Tensor], PackedMatrix | None]
 
@@ -25,6 +26,7 @@ _KINDS: dict[type[PackedMatrix], tuple[int, tuple[str, ...]]] = {
     GroupMatrix: (3, ("starts", "places", "words", "scales", "zeros")),
     NibbleMatrix: (4, ("words", "scales", "offsets")),
     BlockMatrix: (5, ("starts", "places", "values", "scales")),
+    NMMatrix: (6, ("values", "places", "scales", "pattern")),
 }
 _ADDRESSES = 5
 
@@ -36,7 +38,7 @@ class StoredWeight:
     Attributes
     ----------
     kind
-        1 dense, 2 bitmask, 3 groups, 4 four-bit dense, 5 blocks of one column.
+        1 dense, 2 bitmask, 3 groups, 4 four-bit dense, 5 blocks of one column, 6 N of every M columns.
     rows, columns
         Outputs and inputs.
     value
@@ -44,7 +46,7 @@ class StoredWeight:
     group
         Columns that share a scale; 0 where there are none. For blocks their height.
     tensors
-        In the order of the kind's structure in ``kernels.hpp`` and ``steps.hpp``; None where one is missing.
+        In the order of the kind's structure in the headers of ``native/src``; None where one is missing.
     bias
         ``(rows,)`` float32 or None.
     """

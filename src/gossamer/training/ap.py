@@ -77,7 +77,8 @@ class ActivateWhilePruning(Sparsifier):
         In the end, of all targets together.
     host
         What is unimportant: a name (``"magnitude"``, ``"lamp"``, ``"random"``) or a function of a
-        :class:`~gossamer.core.rounds.Round`, such as :class:`~gossamer.training.importance.SynFlow`.
+        :class:`~gossamer.core.rounds.Round`, such as :class:`~gossamer.training.importance.SynFlow`, or
+        :class:`~gossamer.training.growing_regularization.GrowingRegularization`, the IGReg of the paper.
     rate
         p: share of the remaining weights that a cycle removes.
     ap_fraction

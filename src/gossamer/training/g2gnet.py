@@ -351,3 +351,19 @@ def draw_wiring(
         flat = mask_of_groups(*ends[target.name], p_inter, exact=True, generator=generator)
         masks[target.name] = flat.view(*flat.shape, *[1] * (len(target.shape) - 2)).expand(target.shape).contiguous()
     return masks, ends
+
+
+def widen(training: SparseTraining) -> None:
+    """Make up for missing edges, so that the signal of a sparse network starts as strong as that of a dense one.
+
+    Weights of a unit are multiplied by the root of how many times more inputs it would have if it were dense.
+
+    Parameters
+    ----------
+    training
+        Any run that has just been attached.
+    """
+    for name in training.targets:
+        edges = training.mask(name).sum(1, keepdim=True).clamp_min(1)
+        weight = training.weight(name)
+        weight.mul_((weight.shape[1] / edges).sqrt())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gossamer.core.masks import pack_bits, unpack_bits
+from gossamer.core.ranks import average_
 from gossamer.core.sparse_weight import SparseWeight
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.kernels.sparse_rows import SparseRows
@@ -90,17 +91,20 @@ class SparseLayer(SparseWeight):
         for which, index in (("rows", SparseRows.from_mask(mask)), ("columns", SparseRows.transposed(mask))):
             for part in _PARTS:
                 tensor = getattr(index, part)
+                if part == "places":  # as bytes, for gloo refuses to send int16
+                    tensor = tensor.view(torch.uint8)
                 setattr(self, f"{which}_{part}", None if tensor is None else tensor.to(self.values.device))
 
     @property
     def rows(self) -> SparseRows:
         """Index of the weight."""
-        return SparseRows(self._shape, self.rows_starts, self.rows_places, self.rows_order)
+        return SparseRows(self._shape, self.rows_starts, self.rows_places.view(torch.int16), self.rows_order)
 
     @property
     def columns(self) -> SparseRows:
         """Index of its transpose."""
-        return SparseRows(self._shape[::-1], self.columns_starts, self.columns_places, self.columns_order)
+        places = self.columns_places.view(torch.int16)
+        return SparseRows(self._shape[::-1], self.columns_starts, places, self.columns_order)
 
     @property
     def density(self) -> float:
@@ -235,9 +239,12 @@ class SparseProduct(torch.autograd.Function):
         wanted_x, wanted_values, wanted_bias, _ = ctx.needs_input_grad
         if ctx.layer.collect_gradient:
             _collect(ctx.layer, x, outputs)
+        gradient = ctx.rows.outer(x, outputs) if wanted_values else None
+        if gradient is not None and ctx.layer.apart:
+            average_(gradient)
         return (
             ctx.columns.multiply(values, outputs) if wanted_x else None,
-            ctx.rows.outer(x, outputs) if wanted_values else None,
+            gradient,
             outputs.sum(0 if outputs.ndim == 2 else (0, 2)) if wanted_bias else None,
             None,
         )

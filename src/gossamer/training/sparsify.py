@@ -66,5 +66,7 @@ def sparsify(
     if not isinstance(method, str) and parameters:
         raise ConfigurationError(f"{sorted(parameters)[0]!r} belongs to a method given by name; this one has its own")
     if not hasattr(chosen, "attach"):
-        raise ConfigurationError(f"{method!r} does not act during training; use gossamer.prune for it")
+        verbs = [verb for verb in ("prune", "fit", "install") if hasattr(chosen, verb)]
+        remedy = f"call its {verbs[0]}()" if verbs else "use it as a layer"
+        raise ConfigurationError(f"{method!r} is not attached to a training loop of yours; {remedy}")
     return chosen.attach(model, optimizer, state)
