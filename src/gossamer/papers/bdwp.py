@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gossamer.core.targets import find_targets
-from gossamer.papers.byte_language import ByteGPT, pretrain
 from gossamer.papers.digits import Digits, digits
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.nm_runs import quality, small_convolutional, train_watched
-from gossamer.papers.python_source import python_source
+from gossamer.papers.nm_runs import accuracy_curves, byte_losses, quality, small_convolutional, train_watched
 from gossamer.papers.results import Verdict
 from gossamer.papers.sparse_runs import Recipe
 from gossamer.papers.statistics import Interval, mean_interval
@@ -133,31 +131,12 @@ def _cosines(model: nn.Module, dense: dict[str, Tensor], data: Digits, pattern: 
 
 
 def _bytes(own: dict[str, Any], seed: int, progress: Track) -> dict[str, float]:
-    source = python_source(own["size"], 8, 8, own["length"], 2, seed)
-    cut = own["held_out"] * own["length"]
-    held_out, text = source.text[-cut:].view(-1, own["length"]), source.text[:-cut]
-    found = {}
-    for name, method in progress(_cases(own["patterns"]), "bytes: training"):
-        torch.manual_seed(seed)
-        model = ByteGPT(own["layers"], own["width"], own["heads"], own["length"])
-        done = pretrain(model, text, held_out, own["steps"], own["batch"], own["learning_rate"], method, seed)
-        found[name] = done.loss
-        if done.training is not None:
-            done.training.finalize()
-    return found
+    return byte_losses(own, seed, progress(_cases(own["patterns"]), "bytes: training"))
 
 
 def _curves(images: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
     """Accuracy on digits against operations of a step in a layer with three products, beside dense."""
-    curves: dict[str, dict[str, list[float]]] = {}
-    for label, value in images.items():
-        name, _, pattern = label.rpartition(" at ")
-        if name:
-            n, m = map(int, pattern.split(":"))
-            curve = curves.setdefault(name, {"x": [], "y": []})
-            curve["x"].append(relative_operations(n, m, name))  # type: ignore[arg-type]
-            curve["y"].append(value["accuracy"])
-    return curves
+    return accuracy_curves(images, lambda name, nm: relative_operations(nm.n, nm.m, name))
 
 
 # ---------------------------------------------------------------------------------------------------- verdict

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gossamer.core.nm_sparsifier import as_nm
+from gossamer.core.patterns import NM
 from gossamer.core.sparse_training import SparseTraining
 from gossamer.core.sparsifier import Sparsifier
+from gossamer.papers.byte_language import ByteGPT, evaluate, pretrain
 from gossamer.papers.digits import SIDE, Digits
+from gossamer.papers.python_source import python_source
 from gossamer.papers.sparse_runs import Recipe, batches, optimize
 
 _MEAN, _DEVIATION = 0.13, 0.31  # of the pixels of handwritten digits
@@ -126,3 +131,51 @@ def quality(model: nn.Module, data: Digits) -> tuple[float, float]:
         logits = torch.cat([model(part) for part in data.images.split(500)]).double()
     right = (logits.argmax(1) == data.labels).double().mean()
     return 100 * float(right), float(functional.cross_entropy(logits, data.labels))
+
+
+def byte_losses(own: dict[str, Any], seed: int, cases: Iterable[tuple[str, Sparsifier | None]]) -> dict[str, float]:
+    """Held-out loss of byte-level models of Python source, each trained by a method from the same start.
+
+    Parameters
+    ----------
+    own
+        Sizes of text, model and training, as the budgets of the experiments hold them.
+    seed
+        Of the text, the weights and the batches.
+    cases
+        Names and methods; None trains dense.
+    """
+    source = python_source(own["size"], 8, 8, own["length"], 2, seed)
+    cut = own["held_out"] * own["length"]
+    held_out, text = source.text[-cut:].view(-1, own["length"]), source.text[:-cut]
+    found = {}
+    for name, method in cases:
+        torch.manual_seed(seed)
+        model = ByteGPT(own["layers"], own["width"], own["heads"], own["length"])
+        done = pretrain(model, text, held_out, own["steps"], own["batch"], own["learning_rate"], method, seed)
+        if done.training is not None:
+            done.training.finalize()
+        found[name] = evaluate(model, held_out)
+    return found
+
+
+def accuracy_curves(
+    images: dict[str, dict[str, float]], place: Callable[[str, NM], float]
+) -> dict[str, dict[str, list[float]]]:
+    """A curve of accuracies for each method, from what is labelled ``"method at N:M"``.
+
+    Parameters
+    ----------
+    images
+        Label → what was measured; without a pattern in its label it is in no curve.
+    place
+        Where a method's pattern stands on the horizontal axis.
+    """
+    curves: dict[str, dict[str, list[float]]] = {}
+    for label, value in images.items():
+        name, _, pattern = label.rpartition(" at ")
+        if name:
+            curve = curves.setdefault(name, {"x": [], "y": []})
+            curve["x"].append(place(name, as_nm(pattern)))
+            curve["y"].append(value["accuracy"])
+    return curves

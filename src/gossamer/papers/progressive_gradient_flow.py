@@ -18,11 +18,9 @@ from torch import nn
 from gossamer.core.nm_sparsifier import NMSparsifier, as_nm
 from gossamer.core.sparse_training import SparseTraining
 from gossamer.measure.training_flops import TrainingFlops
-from gossamer.papers.byte_language import ByteGPT, evaluate, pretrain
 from gossamer.papers.digits import digits
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.nm_runs import AdamRecipe, PatchTransformer, quality, train_watched
-from gossamer.papers.python_source import python_source
+from gossamer.papers.nm_runs import AdamRecipe, PatchTransformer, accuracy_curves, byte_losses, quality, train_watched
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval
 from gossamer.training.progressive_gradient_flow import (
@@ -196,31 +194,12 @@ def _operations(model: nn.Module, method: NMSparsifier, steps: int) -> float:
 
 def _bytes(settings: dict[str, Any], seed: int, progress: Track) -> dict[str, float]:
     own = settings["bytes"]
-    source = python_source(own["size"], 8, 8, own["length"], 2, seed)
-    cut = own["held_out"] * own["length"]
-    held_out, text = source.text[-cut:].view(-1, own["length"]), source.text[:-cut]
-    found = {}
-    for name, method in progress(_cases(settings, own), "bytes: training"):
-        torch.manual_seed(seed)
-        model = ByteGPT(own["layers"], own["width"], own["heads"], own["length"])
-        done = pretrain(model, text, held_out, own["steps"], own["batch"], own["learning_rate"], method, seed)
-        if done.training is not None:
-            done.training.finalize()
-        found[name] = evaluate(model, held_out)
-    return found
+    return byte_losses(own, seed, progress(_cases(settings, own), "bytes: training"))
 
 
 def _curves(images: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
     """Accuracy on digits against how many times fewer weights remain, on a logarithmic scale."""
-    curves: dict[str, dict[str, list[float]]] = {}
-    for label, value in images.items():
-        name, _, pattern = label.rpartition(" at ")
-        if name:
-            chosen = as_nm(pattern)
-            curve = curves.setdefault(name, {"x": [], "y": []})
-            curve["x"].append(math.log2(chosen.m / chosen.n))
-            curve["y"].append(value["accuracy"])
-    return curves
+    return accuracy_curves(images, lambda name, nm: math.log2(nm.m / nm.n))
 
 
 # ---------------------------------------------------------------------------------------------------- verdict

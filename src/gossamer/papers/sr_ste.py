@@ -16,11 +16,9 @@ from gossamer.core.mask_divergence import MaskTrace
 from gossamer.core.nm_sparsifier import NMSparsifier
 from gossamer.core.sparse_training import SparseTraining
 from gossamer.measure.mode_connectivity import rank_correlation
-from gossamer.papers.byte_language import ByteGPT, pretrain
 from gossamer.papers.digits import digits
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.nm_runs import quality, small_convolutional, train_watched
-from gossamer.papers.python_source import python_source
+from gossamer.papers.nm_runs import accuracy_curves, byte_losses, quality, small_convolutional, train_watched
 from gossamer.papers.results import Verdict
 from gossamer.papers.sparse_runs import Recipe
 from gossamer.papers.statistics import Interval, mean_interval
@@ -138,34 +136,15 @@ def _both(model: torch.nn.Module, held_out: Any) -> dict[str, float]:
 
 
 def _bytes(own: dict[str, Any], seed: int, progress: Track) -> dict[str, float]:
-    source = python_source(own["size"], 8, 8, own["length"], 2, seed)
-    cut = own["held_out"] * own["length"]
-    held_out, text = source.text[-cut:].view(-1, own["length"]), source.text[:-cut]
     cases: list[tuple[str, NMSparsifier | None]] = [("dense", None)]
     for pattern in own["patterns"]:
         cases += [case for case in contestants(pattern, own["decay"], "decoupled") if not isinstance(case[1], ASP)]
-    found = {}
-    for name, method in progress(cases, "bytes: training"):
-        torch.manual_seed(seed)
-        model = ByteGPT(own["layers"], own["width"], own["heads"], own["length"])
-        done = pretrain(model, text, held_out, own["steps"], own["batch"], own["learning_rate"], method, seed)
-        found[name] = done.loss
-        if done.training is not None:
-            done.training.finalize()
-    return found
+    return byte_losses(own, seed, progress(cases, "bytes: training"))
 
 
 def _curves(images: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
     """Accuracy on digits against the share of zeros."""
-    curves: dict[str, dict[str, list[float]]] = {}
-    for label, value in images.items():
-        name, _, pattern = label.rpartition(" at ")
-        if name:
-            n, m = map(int, pattern.split(":"))
-            curve = curves.setdefault(name, {"x": [], "y": []})
-            curve["x"].append(1 - n / m)
-            curve["y"].append(value["accuracy"])
-    return curves
+    return accuracy_curves(images, lambda name, nm: 1 - nm.n / nm.m)
 
 
 # ---------------------------------------------------------------------------------------------------- verdict
