@@ -50,7 +50,7 @@ def network() -> nn.Sequential:
 def measure(options: Options) -> list[Row]:
     """Times of the whole."""
     # as long as the shortest retraining worth the name, so that the start of the workers is what it is in use
-    steps, repeats = (3, 1) if options.quick else (1500, 2)
+    steps, repeats = (3, 1) if options.quick else (600, 1)
     model, batches = network(), [torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(1))]
 
     def fit(steps: int = steps, **where: Any) -> Callable[[], SoupResult]:

@@ -111,6 +111,58 @@ def prune(
     )
 
 
+@app.command()
+def sparsify(
+    model: Model,
+    output: Output,
+    activations: Annotated[str, typer.Option(help="teal, wina, chess, r-sparse, ppl-p")] = "teal",
+    sparsity: Annotated[float | None, typer.Option(help="share of channels that a token skips, in [0, 1)")] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="turn the model first, as WINA does")] = False,
+    calibration: TextName = "state-of-the-union",
+    sequences: Annotated[int, typer.Option(help="calibration windows")] = 8,
+    length: Annotated[int, typer.Option(help="tokens in each")] = 512,
+    seed: Annotated[int, typer.Option(help="of the choice of windows")] = 0,
+    tokens: Annotated[int, typer.Option(help="of the text by which quality is judged")] = 4096,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="any other parameter of the method: name=value; may be repeated")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compute only what fires: calibrate rules that skip activations, measure them, and show a page."""
+    from gossamer.report.activation_job import ActivationJob
+    from gossamer.report.main_job import Calibration, Evaluation, command_line
+
+    parameters = _read_options(options or [])
+    if sparsity is not None:
+        parameters["sparsity"] = sparsity
+    record = ActivationJob(
+        source=model,
+        output=output,
+        method=activations,
+        parameters=parameters,
+        rotate=rotate,
+        calibration=Calibration(calibration, sequences, length, seed),
+        evaluation=Evaluation(tokens=tokens),
+        overwrite=overwrite,
+        command=command_line(sys.argv[1:]),
+        say=console.print,
+    ).run()
+    found = record["activations"]
+    _print_values(
+        {
+            "perplexity, dense": record["dense"]["perplexity"],
+            "perplexity, sparse": record["sparse"]["perplexity"],
+            "sparsity asked for": found["requested"],
+            "sparsity realised": found["realised"],
+            "weights read for a token, share of the model": found["weights_read"],
+            "share in layers that stay dense": found["dense_share"],
+            "decoding can be faster by at most": found["decode_limit"],
+            "page": str(output / "report.html"),
+        },
+        as_json=False,
+    )
+
+
 @app.command("eval")
 def evaluate(
     model: Model,

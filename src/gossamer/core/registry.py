@@ -100,6 +100,14 @@ _USUAL: dict[When, Axes] = {
         "patterns": ("unstructured",),
         "aims": ("training", "inference"),
     },
+    "at inference": {
+        "timing": "at inference",
+        "path": ("dense-to-sparse",),
+        "topology": "dynamic",
+        "allocation": "uniform",
+        "patterns": ("channels",),
+        "aims": ("inference",),
+    },
     "layer": {
         "timing": "before training",
         "path": ("sparse-to-sparse",),

@@ -136,7 +136,7 @@ def stages(
     CalibrationError
         If there is no data.
     """
-    batches = [part for batch in data for part in _without_padding(batch)]
+    batches = [part for batch in data for part in without_padding(batch)]
     if not batches:
         raise CalibrationError("the calibration data is empty: at least one batch is needed")
     with _evaluating(model):
@@ -163,7 +163,7 @@ def stages(
 
 def whole_model(model: nn.Module, data: Iterable[Batch], device: torch.device | str | None = None) -> Stage:
     """The model as a single stage over the data, for what lies outside its blocks."""
-    batches = [part for batch in data for part in _without_padding(batch)]
+    batches = [part for batch in data for part in without_padding(batch)]
     return _whole(model, batches, device)
 
 
@@ -212,7 +212,7 @@ def run_batch(model: nn.Module, batch: Batch, device: torch.device | str | None 
     return model(*batch, **options)
 
 
-def _without_padding(batch: Batch) -> list[Batch]:
+def without_padding(batch: Batch) -> list[Batch]:
     """Split a padded batch into its sequences and cut the padding off; other batches stay as they are."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("attention_mask"), Tensor):
         return [batch]

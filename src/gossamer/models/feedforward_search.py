@@ -210,12 +210,12 @@ def _channels_come_out(layer: FeedForward, noise: Tensor) -> bool:
         return (args[0] * keep.to(args[0]), *args[1:])
 
     handle = layer.down.module.register_forward_pre_hook(silence)
-    expected = _call(layer.module, noise)
+    expected = call_container(layer.module, noise)
     handle.remove()
     before = [(part, dict(vars(part)), dict(part._parameters)) for part in layer.module.modules()]
     try:
         layer.shrink_(keep)
-        actual = _call(layer.module, noise)
+        actual = call_container(layer.module, noise)
     finally:
         for part, attributes, parameters in before:
             vars(part).update(attributes)
@@ -238,13 +238,13 @@ def _run_noting(module: nn.Module, loose: list[Target], noise: Tensor) -> dict[i
         return hook
 
     handles = [target.module.register_forward_hook(note(index)) for index, target in enumerate(loose)]
-    output = _call(module, noise)
+    output = call_container(module, noise)
     for handle in handles:
         handle.remove()
     return {} if output is None else seen
 
 
-def _call(module: nn.Module, hidden: Tensor) -> Tensor | None:
+def call_container(module: nn.Module, hidden: Tensor) -> Tensor | None:
     """Call a container with a hidden state, and whatever else it insists on with nothing, or else with the same.
 
     None if it does not work: then it is something else than a feed-forward layer.

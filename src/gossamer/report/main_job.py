@@ -178,12 +178,12 @@ class MainJob:
             "overall_density": share.total("all").density,
         }
         return {
-            "title": f"{_short(loaded.source)} made sparse with {self.method}",
+            "title": f"{short_name(loaded.source)} made sparse with {self.method}",
             "command": self.command,
             "python": self._python(result),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "model": {
-                "name": _short(loaded.source),
+                "name": short_name(loaded.source),
                 "source": loaded.source,
                 "licence": loaded.licence,
                 "parameters": loaded.parameters,
@@ -357,6 +357,7 @@ def _layer(report: LayerReport) -> dict[str, Any]:
     return {"name": report.name, "shape": list(report.shape), "sparsity": report.sparsity, "error": report.error}
 
 
-def _short(source: str) -> str:
+def short_name(source: str) -> str:
+    """What to call a model on a page."""
     names = {"demo": "SmolLM2-135M-Instruct", "smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
     return names.get(source, Path(source).name or source)

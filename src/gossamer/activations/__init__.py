@@ -1,0 +1,1 @@
+"""Zeros in activations: compute only what fires."""

@@ -1,0 +1,280 @@
+"""What methods that sparsify activations without training have in common: sites, calibration, budgets, installation.
+
+A method says which sites it treats, by which scale their channels are scored, and how a budget becomes a selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.activations.budgets import GreedyAllocation
+from gossamer.activations.installed import Installed
+from gossamer.activations.rules import ActivationRules
+from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
+from gossamer.core.magnitude_histogram import MagnitudeHistogram
+from gossamer.core.progress import track
+from gossamer.core.selection import dropped_count
+from gossamer.errors import CalibrationError, ConfigurationError, ModelError, check_sparsity
+from gossamer.measure.windows import evaluation_mode
+from gossamer.models.activation_sites import (
+    ROLES,
+    GateSite,
+    InputSite,
+    SiteRole,
+    find_gate_sites,
+    find_input_sites,
+)
+from gossamer.models.blocks import Batch, run_batch, without_padding
+from gossamer.models.rotation import is_rotated
+
+Gate = Literal["threshold", "topk"]
+
+
+@dataclass(kw_only=True)
+class ActivationSparsifier:
+    """Sparse activations without training: calibrate, then install.
+
+    Parameters
+    ----------
+    sparsity
+        Share of the weights of the treated layers that a token does not read.
+    allocation
+        ``uniform``, ``greedy`` (:class:`GreedyAllocation`), or name of a layer → its own sparsity.
+    step
+        Of the greedy allocation.
+    dense_prefill
+        Share of a prompt, from its beginning, that stays dense.
+    include, exclude
+        Globs on the names of layers.
+
+    Attributes
+    ----------
+    rules_
+        What calibration found.
+    """
+
+    sparsity: float = 0.5
+    allocation: Literal["uniform", "greedy"] | Mapping[str, float] = "uniform"
+    step: float = 0.05
+    dense_prefill: float = 0.01
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    rules_: ActivationRules = field(init=False, repr=False, compare=False)
+
+    roles: ClassVar[tuple[SiteRole, ...]] = ROLES
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        if isinstance(self.allocation, str) and self.allocation not in ("uniform", "greedy"):
+            raise ConfigurationError(f"allocation is {self.allocation!r}; it must be uniform, greedy, or a mapping")
+
+    def scale(self, site: InputSite) -> Tensor | None:
+        """C of a site's score |x_j| · c_j; None for 1."""
+        return None
+
+    def selection(self, histogram: MagnitudeHistogram, width: int, sparsity: float) -> Selection:
+        """What drops a share of a site's channels: a threshold, unless the method says otherwise."""
+        return by_threshold(histogram, sparsity)
+
+    def sites(self, model: nn.Module) -> list[InputSite]:
+        """The layers to treat."""
+        return find_input_sites(model, self.roles, self.include, self.exclude)
+
+    def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ActivationRules:
+        """Find the rules for a model on a little data; the model is not changed.
+
+        Parameters
+        ----------
+        model
+            The model, dense.
+        data
+            Batches of token ids, or of keyword arguments; padding is left out.
+        progress
+            Whether to show progress bars.
+
+        Raises
+        ------
+        CalibrationError
+            If there is no data, or it never reaches a layer.
+        NonFiniteError
+            If an activation is NaN or infinite.
+        TargetError
+            If the model has no layer to treat.
+        """
+        batches = prepared(data)
+        self._sites = self.sites(model)
+        self._histograms = observe_magnitudes(model, batches, {s: self.scale(s) for s in self._sites}, progress)
+        for histogram in self._histograms.values():
+            histogram.check()
+        return self._settle(self._budget(model, batches, self._sites, self._rule, progress))
+
+    def at(self, sparsity: float) -> ActivationRules:
+        """Rules for another sparsity, the same in all layers, from what the last calibration has counted.
+
+        Raises
+        ------
+        CalibrationError
+            If there was no calibration yet.
+        """
+        check_sparsity(sparsity)
+        if not hasattr(self, "_histograms"):
+            raise CalibrationError(f"{type(self).__name__} has not seen data yet; call calibrate(model, data) first")
+        self.sparsity = sparsity
+        return self._settle(dict.fromkeys((site.name for site in self._sites), sparsity))
+
+    def _rule(self, site: InputSite, sparsity: float) -> ChannelRule:
+        histogram = self._histograms[site.name]
+        return ChannelRule(self.selection(histogram, site.width, sparsity), histogram.scale)
+
+    def _settle(self, budget: dict[str, float]) -> ActivationRules:
+        rules = {site.name: self._rule(site, budget[site.name]) for site in self._sites}
+        self.rules_ = ActivationRules(rules, requested=budget, settings=self.settings)
+        return self.rules_
+
+    def _budget(
+        self, model: nn.Module, data: list[Batch], sites: list[InputSite], rule: Any, progress: bool
+    ) -> dict[str, float]:
+        if isinstance(self.allocation, Mapping):
+            missing = next((site.name for site in sites if site.name not in self.allocation), None)
+            if missing is not None:
+                raise ConfigurationError(f"allocation gives no sparsity for {missing!r}; give one for every layer")
+            return {site.name: float(self.allocation[site.name]) for site in sites}
+        if self.allocation == "greedy" and self.sparsity > 0:
+            return GreedyAllocation(self.step).allocate(model, data, sites, rule, self.sparsity, progress)
+        return dict.fromkeys((site.name for site in sites), self.sparsity)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Method and parameters, as plain values."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        plain = {
+            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+        }
+        return {"method": type(self).__name__, **plain}
+
+    def install(self, model: nn.Module, rules: ActivationRules | None = None) -> Installed:
+        """Put rules to work until ``remove()`` is called, or as a context manager until its end.
+
+        Parameters
+        ----------
+        model
+            The model that they are for.
+        rules
+            By default those of the last :meth:`calibrate`.
+
+        Raises
+        ------
+        CalibrationError
+            If there are none yet.
+        ModelError
+            If they are for another model.
+        """
+        rules = rules if rules is not None else getattr(self, "rules_", None)
+        if rules is None:
+            raise CalibrationError(f"{type(self).__name__} has no rules yet; call calibrate(model, data) first")
+        return install(model, rules, self.dense_prefill)
+
+    @contextmanager
+    def active(self, model: nn.Module) -> Iterator[Installed]:
+        """Rules at work inside the context."""
+        with self.install(model) as installed:
+            yield installed
+
+
+def install(model: nn.Module, rules: ActivationRules, dense_prefill: float = 0.01) -> Installed:
+    """Put rules to work in a model; see :meth:`ActivationSparsifier.install`."""
+    if rules.settings.get("rotated") and not is_rotated(model):
+        raise ModelError("these rules are for a rotated model; call models.rotation.orthogonalise(model) first")
+    inputs = {site.name: site for site in find_input_sites(model)}
+    gates = {site.name: site for site in find_gate_sites(model)} if rules.gates else {}
+    return Installed(model, rules, inputs, gates, dense_prefill)
+
+
+def by_threshold(histogram: MagnitudeHistogram, sparsity: float) -> Selection:
+    """The threshold that drops a share of what a histogram has counted; nothing goes at 0."""
+    value = histogram.threshold(sparsity)
+    return Everything() if value is None else Threshold(value)
+
+
+def by_top_k(width: int, sparsity: float) -> Selection:
+    """Dropping ⌊sparsity · width⌋ channels of every token."""
+    dropped = dropped_count(width, sparsity)
+    return Everything() if dropped == 0 else TopK(width - dropped)
+
+
+def prepared(data: Iterable[Batch]) -> list[Batch]:
+    """Batches without padding, as a list.
+
+    Raises
+    ------
+    CalibrationError
+        If there are none.
+    """
+    batches = [part for batch in data for part in without_padding(batch)]
+    if not batches:
+        raise CalibrationError("the calibration data is empty: at least one batch is needed")
+    return batches
+
+
+def observe_magnitudes(
+    model: nn.Module,
+    data: Sequence[Batch],
+    sites: Mapping[InputSite, Tensor | None] | Mapping[GateSite, Tensor | None],
+    progress: bool = True,
+) -> dict[str, MagnitudeHistogram]:
+    """Run a model over data and count the scores at each site, in one pass.
+
+    Layers that receive the very same tensor, and score it by magnitude, share one histogram.
+
+    Parameters
+    ----------
+    model, data
+        The model, and batches without padding.
+    sites
+        Site → its c.
+
+    Returns
+    -------
+    dict
+        Name of a site → histogram.
+    """
+    found: dict[str, MagnitudeHistogram] = {}
+    last: list[Any] = [None, None]
+
+    def count(name: str, values: Tensor, scale: Tensor | None) -> None:
+        if scale is None and last[0] is values:
+            found.setdefault(name, last[1])
+            return
+        histogram = found.setdefault(name, MagnitudeHistogram(name, scale))
+        histogram.update(values)
+        if scale is None:
+            last[:] = [values, histogram]
+
+    handles = []
+    for site, scale in sites.items():
+        if isinstance(site, InputSite):
+            hook = lambda module, args, name=site.name, scale=scale: count(name, args[0], scale)  # noqa: E731
+            handles.append(site.module.register_forward_pre_hook(hook))
+        else:
+            hook = lambda module, args, output, name=site.name, scale=scale: count(name, output, scale)  # noqa: E731
+            handles.append(site.activation.register_forward_hook(hook))
+    try:
+        run_over(model, data, "calibrating", progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site.name: found.get(site.name, MagnitudeHistogram(site.name)) for site in sites}
+
+
+def run_over(model: nn.Module, data: Sequence[Batch], title: str, progress: bool = True) -> None:
+    """Call the model with every batch, without gradients and in evaluation mode."""
+    with evaluation_mode(model), torch.no_grad():
+        for batch in track(data, title, enabled=progress):
+            run_batch(model, batch)

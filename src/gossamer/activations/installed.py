@@ -1,0 +1,202 @@
+"""Rules at work in a model: what they drop is dropped in every call, and counted, until they are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.activations.positions import DenseTokens
+from gossamer.activations.rules import ActivationRules, LowRank
+from gossamer.core.channel_rules import ChannelRule
+from gossamer.errors import ModelError
+from gossamer.measure.weights_read import WeightsRead, weights_read
+from gossamer.models.activation_sites import GateSite, InputSite
+from gossamer.models.rotation import rotation_size
+
+
+@dataclass
+class Tally:
+    """Channels met and channels that counted, over all tokens to which a rule applied.
+
+    Attributes
+    ----------
+    live, seen
+        Counts.
+    tokens
+        Number of tokens.
+    """
+
+    live: int = 0
+    seen: int = 0
+    tokens: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of channels that did not count; NaN before the first token."""
+        return 1 - self.live / self.seen if self.seen else float("nan")
+
+
+@dataclass(eq=False)
+class Site:
+    """A rule in its place."""
+
+    rule: ChannelRule
+    tokens: DenseTokens
+    tally: Tally
+    low_rank: LowRank | None = None
+
+    def masked(self, values: Tensor) -> Tensor:
+        """`values` with zeros where channels do not count."""
+        live = self.live(values)
+        return torch.where(live, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+    def live(self, values: Tensor) -> Tensor:
+        """The channels that count, all of them in dense tokens; counted."""
+        live = self.rule.live(values)
+        dense = self.tokens.dense
+        if dense is None:
+            self._count(live)
+            return live
+        dense = dense.to(values.device)
+        if values.shape[:-1] != dense.shape:
+            if values.shape[:-1].numel() != dense.numel():
+                raise ModelError(
+                    f"an activation of shape {tuple(values.shape)} does not belong to the {dense.shape[0]} × "
+                    f"{dense.shape[1]} tokens of the call, so the dense ones cannot be told; set dense_prefill=0"
+                )
+            dense = dense.reshape(values.shape[:-1])
+        self._count(live[~dense])
+        return live | dense.unsqueeze(-1)
+
+    def _count(self, live: Tensor) -> None:
+        self.tally.live += int(live.count_nonzero())
+        self.tally.seen += live.numel()
+        self.tally.tokens += live.shape[:-1].numel()
+
+
+class Installed:
+    """Rules in a model, from the moment it is made.
+
+    Parameters
+    ----------
+    model
+        The model.
+    rules
+        What calibration found.
+    inputs, gates
+        The sites of the model.
+    dense_prefill
+        Share of a prompt that stays dense; see :class:`DenseTokens`.
+
+    Raises
+    ------
+    ModelError
+        If the rules are for another model, or other rules are at work there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: ActivationRules,
+        inputs: Mapping[str, InputSite],
+        gates: Mapping[str, GateSite],
+        dense_prefill: float,
+    ):
+        _check(rules, inputs, gates)
+        if getattr(model, "_activation_rules", None) is not None:
+            raise ModelError("other activation rules are at work in this model; call their remove() first")
+        self.model, self.rules = model, rules
+        self.tokens = DenseTokens(dense_prefill)
+        self.sites: dict[str, Site] = {}
+        self._sizes = {name: site.target for name, site in inputs.items()}
+        self._gates = {name: gates[name] for name in rules.gates}
+        self._handles: list[Any] = [self.tokens.attach(model)]
+        for name, rule in rules.inputs.items():
+            self.sites[name] = site = Site(rule, self.tokens, Tally(), rules.low_rank.get(name))
+            self._handles += _hook_input(inputs[name].module, site)
+        for name, rule in rules.gates.items():
+            self.sites[name] = site = Site(rule, self.tokens, Tally())
+            self._handles.append(gates[name].activation.register_forward_hook(_masking_output(site)))
+        model._activation_rules = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Make the model what it was; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if getattr(self.model, "_activation_rules", None) is self:
+            del self.model._activation_rules
+
+    def reset(self) -> None:
+        """Begin counting anew."""
+        for site in self.sites.values():
+            site.tally.live = site.tally.seen = site.tally.tokens = 0
+
+    @property
+    def realised(self) -> dict[str, float]:
+        """Site → share of channels dropped so far, in tokens that rules apply to."""
+        return {name: site.tally.sparsity for name, site in self.sites.items()}
+
+    @property
+    def weights_read(self) -> WeightsRead:
+        """Weights that a token reads, over the whole model, head included."""
+        live: dict[str, float] = {}
+        for name, site in self.sites.items():
+            share = 1 - site.tally.sparsity
+            if name in self._gates:
+                gate = self._gates[name]
+                # a fused matrix makes gate and up, of which only up is spared
+                if gate.up is not None:
+                    live[gate.up.module_name] = (1 + share) / 2 if gate.up is gate.gate else share
+                live[gate.layer.down.module_name] = share
+            else:
+                extra = site.low_rank.size / self._sizes[name].shape.numel() if site.low_rank else 0.0
+                live[name] = share + extra
+        return weights_read(self.model, live, rotation_size(self.model))
+
+    def __enter__(self) -> Installed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def _hook_input(module: nn.Module, site: Site) -> list[Any]:
+    if site.low_rank is None:
+        return [module.register_forward_pre_hook(_masking_input(site))]
+    factors = site.low_rank
+    rest: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple) -> tuple:
+        kept = site.masked(args[0])
+        rest.append(args[0] - kept)
+        return (kept, *args[1:])
+
+    def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output + factors.product(rest.pop())
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _masking_input(site: Site) -> Any:
+    return lambda module, args: (site.masked(args[0]), *args[1:])
+
+
+def _masking_output(site: Site) -> Any:
+    return lambda module, args, output: site.masked(output)
+
+
+def _check(rules: ActivationRules, inputs: Mapping[str, InputSite], gates: Mapping[str, GateSite]) -> None:
+    for name in [*rules.inputs, *rules.gates]:
+        site: InputSite | GateSite | None = inputs.get(name) or gates.get(name)
+        if site is None:
+            raise ModelError(f"the rules are for a model with a layer {name!r}, which this one lacks; calibrate on it")
+        rule = rules.inputs.get(name) or rules.gates[name]
+        if rule.scale is not None and len(rule.scale) != site.width:
+            raise ModelError(
+                f"{name}: the rule is for {len(rule.scale)} channels, this model has {site.width}; calibrate on it"
+            )

@@ -1,0 +1,168 @@
+"""What calibration finds: for every site, the rule that says which channels count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
+from gossamer.errors import CheckpointError, ModelError
+
+_FORMAT = "gossamer activation rules 1"
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A factorised weight, ``left @ right``, that computes what the channels that do not count contribute.
+
+    Attributes
+    ----------
+    left
+        ``(out, r)``.
+    right
+        ``(r, in)``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.right.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Number of weights, all of which are read for every token."""
+        return self.left.numel() + self.right.numel()
+
+    def product(self, inputs: Tensor) -> Tensor:
+        """``(…, in)`` → ``(…, out)``."""
+        left, right = (part.to(inputs.device, inputs.dtype) for part in (self.left, self.right))
+        return (inputs @ right.T) @ left.T
+
+
+@dataclass(eq=False)
+class ActivationRules:
+    """Rules for the sites of one model.
+
+    Attributes
+    ----------
+    inputs
+        Name of a linear layer → rule on its input.
+    gates
+        Name of a feed-forward layer → rule on what its activation function puts out.
+    requested
+        Name → share of channels that the rule is meant to drop.
+    low_rank
+        Name of a linear layer → what stands in for the channels that do not count.
+    settings
+        The method and its parameters.
+    """
+
+    inputs: dict[str, ChannelRule]
+    gates: dict[str, ChannelRule] = field(default_factory=dict)
+    requested: dict[str, float] = field(default_factory=dict)
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def thresholds(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the channels of every site must exceed, for kernels: of inputs, and of gates.
+
+        Raises
+        ------
+        ModelError
+            If a rule does not select by threshold, or needs more than that.
+        """
+        if self.low_rank:
+            raise ModelError("these rules have a low-rank part, which is no threshold; run them by hooks")
+        modules = dict(model.named_modules())
+        inputs = {name: rule.thresholds(_width(modules[name])) for name, rule in self.inputs.items()}
+        gates = {name: _gate_thresholds(name, rule) for name, rule in self.gates.items()}
+        for name, found in [*inputs.items(), *gates.items()]:
+            if found is None:
+                raise ModelError(
+                    f"{name} selects the largest channels of each token, not by threshold; use gate='threshold'"
+                )
+        return inputs, gates  # type: ignore[return-value]
+
+    def save(self, file: Path) -> None:
+        """Write to a safetensors file, at once or not at all."""
+        tensors, facts = {}, {}
+        for kind, rules in (("inputs", self.inputs), ("gates", self.gates)):
+            for name, rule in rules.items():
+                facts[f"{kind}/{name}"] = _described(rule.selection)
+                if rule.scale is not None:
+                    tensors[f"{kind}/{name}/scale"] = rule.scale.float().contiguous()
+        for name, factors in self.low_rank.items():
+            tensors[f"low_rank/{name}/left"] = factors.left.contiguous()
+            tensors[f"low_rank/{name}/right"] = factors.right.contiguous()
+        said = {"format": _FORMAT, "rules": facts, "requested": self.requested, "settings": self.settings}
+        part = file.with_name(f".{file.name}.part")
+        save_file(tensors, part, {"gossamer": json.dumps(said)})
+        part.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> ActivationRules:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing, truncated or something else.
+        """
+        try:
+            with safe_open(file, "pt") as stored:
+                said = json.loads((stored.metadata() or {}).get("gossamer", "{}"))
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{file} holds no activation rules ({error}); calibrate again") from error
+        if said.get("format") != _FORMAT:
+            raise CheckpointError(f"{file} has format {said.get('format')!r} instead of {_FORMAT!r}; calibrate again")
+        rules: dict[str, dict[str, ChannelRule]] = {"inputs": {}, "gates": {}}
+        for key, description in said["rules"].items():
+            kind, _, name = key.partition("/")
+            rules[kind][name] = ChannelRule(_selection(description, file), tensors.get(f"{key}/scale"))
+        names = {key.split("/")[1] for key in tensors if key.startswith("low_rank/")}
+        factors = {n: LowRank(tensors[f"low_rank/{n}/left"], tensors[f"low_rank/{n}/right"]) for n in names}
+        return cls(rules["inputs"], rules["gates"], said["requested"], factors, said["settings"])
+
+
+def _described(selection: Selection) -> dict[str, Any]:
+    match selection:
+        case Everything():
+            return {"kind": "everything"}
+        case Threshold(value):
+            return {"kind": "threshold", "value": value}
+        case TopK(keep):
+            return {"kind": "top-k", "keep": keep}
+    raise CheckpointError(f"a selection by {type(selection).__name__} cannot be stored; use a threshold or top-k")
+
+
+def _selection(said: Mapping[str, Any], file: Path) -> Selection:
+    match said:
+        case {"kind": "everything"}:
+            return Everything()
+        case {"kind": "threshold", "value": value}:
+            return Threshold(value)
+        case {"kind": "top-k", "keep": keep}:
+            return TopK(keep)
+    raise CheckpointError(f"{file} has a selection {dict(said)!r} that is not known; calibrate again")
+
+
+def _width(module: nn.Module) -> int:
+    weight: Any = module.weight
+    return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
+
+
+def _gate_thresholds(name: str, rule: ChannelRule) -> Tensor | None:
+    if rule.scale is None:
+        raise ModelError(f"{name}: the rule of a gate has no scale, so its width is not known; give one of ones")
+    return rule.thresholds(len(rule.scale))

@@ -1,0 +1,387 @@
+"""How sparse a model's activations are, said in a way that can be compared: at the price of p percent of perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import curve_fit
+from torch import Tensor, nn
+
+from gossamer.activations.base import install, prepared, run_over
+from gossamer.activations.budgets import largest_within
+from gossamer.activations.rules import ActivationRules
+from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK, column_norms
+from gossamer.core.registry import register
+from gossamer.errors import CalibrationError, ConfigurationError
+from gossamer.measure.perplexity import perplexity
+from gossamer.models.activation_sites import InputSite, find_input_sites
+from gossamer.models.blocks import Batch
+
+Metric = Literal["cett", "top-k", "fat"]
+_CANDIDATES = 65_536
+_HIGHEST = 0.99  # quantile of the contributions up to which thresholds are looked for
+
+
+class Truncation:
+    """What a feed-forward layer loses when its smallest contributions are left out.
+
+    The contribution of neuron i to a token is n_i = x_i W_down[:, i], of the norm |x_i| ‖W_down[:, i]‖; a bias of the
+    matrix that maps back belongs to none.
+
+    Parameters
+    ----------
+    inputs
+        x, ``(tokens, m)``, what the matrix that maps back receives.
+    down
+        W_down, ``(d, m)``.
+    """
+
+    def __init__(self, inputs: Tensor, down: Tensor):
+        self._inputs, self._down = inputs.detach().float(), down.detach().float()
+        self._norms = self._inputs.abs() * column_norms(down).to(inputs.device)
+        self._whole = (self._inputs @ self._down.T).norm(dim=1)
+        flat = self._norms.flatten()
+        self.low = float(flat.min())
+        self.high = float(flat.kthvalue(max(1, int(_HIGHEST * len(flat)))).values)
+
+    def error(self, threshold: float) -> float:
+        """CETT: ‖Σ_{i: ‖n_i‖ ≤ ε} n_i‖ / ‖Σ_i n_i‖, averaged over tokens.
+
+        What goes is added up before the norm is taken, so that contributions that cancel cost nothing.
+        """
+        gone = ((self._inputs * (self._norms <= threshold)) @ self._down.T).norm(dim=1)
+        # a token for which the layer puts out nothing loses nothing
+        return float(torch.where(self._whole > 0, gone / self._whole, 0.0).double().mean())
+
+    def threshold(self, cett: float) -> float:
+        """The largest of 65,536 evenly spaced thresholds whose error is at most `cett`.
+
+        They lie between the least contribution and the 99% quantile of all of them. If even the first costs more, the
+        threshold is 0, at which only exact zeros go.
+        """
+        first, last = -1, _CANDIDATES - 1
+        while first < last:
+            middle = (first + last + 1) // 2
+            if self.error(self._candidate(middle)) <= cett:
+                first = middle
+            else:
+                last = middle - 1
+        return 0.0 if first < 0 else self._candidate(first)
+
+    def _candidate(self, index: int) -> float:
+        return self.low + (self.high - self.low) * index / (_CANDIDATES - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PPLSparsity:
+    """Activation sparsity at a price.
+
+    Attributes
+    ----------
+    setting
+        The tolerance (CETT), the share kept (top-k) or the threshold (FAT) at which the price is met.
+    ratio
+        Perplexity with sparse activations over dense, as realised.
+    activation_ratio
+        A, mean share of active neurons.
+    per_layer
+        Name of a feed-forward layer's last matrix → its share of active neurons.
+    rules
+        What :func:`gossamer.activations.base.install` takes.
+    exact_ratio
+        Share of neurons that are not exactly zero in the dense model; 1 for smooth activation functions.
+    """
+
+    setting: float
+    ratio: float
+    activation_ratio: float
+    per_layer: dict[str, float]
+    rules: ActivationRules = field(repr=False)
+    exact_ratio: float
+
+    @property
+    def sparsity(self) -> float:
+        """1 − A."""
+        return 1 - self.activation_ratio
+
+
+def ppl_p_sparsity(
+    model: nn.Module,
+    data: Iterable[Batch],
+    p: float = 1.0,
+    *,
+    metric: Metric = "cett",
+    tolerance: float = 1e-3,
+    sampled: int = 2048,
+    progress: bool = True,
+) -> PPLSparsity:
+    """The activation sparsity of a model's feed-forward layers that costs p% of perplexity [Luo et al., 2024].
+
+    One tolerance for all layers is found by bisection; from it follows the threshold of every layer, and a neuron is
+    active for a token if |x_i| ‖W_down[:, i]‖ is above that. arXiv 2411.02335, section 3.
+
+    Parameters
+    ----------
+    model
+        A language model.
+    data
+        Token ids; the thresholds and the perplexity come from the same ones, as in the paper.
+    p
+        Price in percent.
+    metric
+        ``cett``, the paper's; or what it compares with: ``top-k``, the same number of neurons for all layers and
+        tokens by |x_i|, or ``fat``, one threshold on |x_i| for all layers.
+    tolerance
+        Bracket of the setting at which bisection ends (of its logarithm for ``fat``).
+    sampled
+        Tokens, spread evenly over the data, from which CETT thresholds are found.
+    progress
+        Whether to show progress bars.
+
+    Raises
+    ------
+    CalibrationError
+        If there are no batches of token ids.
+    ConfigurationError
+        If p is not above 0, or the metric is unknown.
+    """
+    if not p > 0 or metric not in ("cett", "top-k", "fat"):
+        raise ConfigurationError(f"p is {p} and metric {metric!r}; p must be above 0, metric of cett, top-k, fat")
+    batches = prepared(data)
+    tokens = [batch for batch in batches if isinstance(batch, Tensor)]
+    if len(tokens) != len(batches):
+        raise CalibrationError("PPL-p% sparsity is a price in perplexity; give batches of token ids")
+    sites = find_input_sites(model, ["down"])
+    samples = middle_activations(model, batches, sites, sampled, progress)
+    wanted = sites if metric == "cett" else []
+    truncations = {site.name: Truncation(samples[site.name], site.target.matrix()) for site in wanted}
+    window = max(part.shape[1] for part in tokens)
+
+    def cost(rules: ActivationRules) -> tuple[float, dict[str, float]]:
+        with install(model, rules, dense_prefill=0.0) as installed:
+            found = perplexity(model, tokens, window, window, progress=False)
+            return found.value, installed.realised
+
+    dense = perplexity(model, tokens, window, window, progress=False).value
+    known: dict[float, tuple[float, dict[str, float], ActivationRules]] = {}
+
+    def ratio(setting: float) -> float:
+        rules = _rules(metric, setting, sites, truncations)
+        value, realised = cost(rules)
+        known[setting] = (value / dense, realised, rules)
+        return value / dense
+
+    low, high = _BRACKETS[metric]
+    ratio(low)
+    best = largest_within(ratio, 1 + p / 100, low, high, tolerance)
+    found, realised, rules = known[best]
+    active = {name: 1 - share for name, share in realised.items()}
+    exact = float(np.mean([(sample != 0).double().mean() for sample in samples.values()]))
+    return PPLSparsity(best, found, float(np.mean(list(active.values()))), active, rules, exact)
+
+
+_BRACKETS: dict[str, tuple[float, float]] = {"cett": (0.0, 1.0), "top-k": (0.0, 1.0), "fat": (-12.0, 3.0)}
+
+
+def _rules(
+    metric: Metric, setting: float, sites: Sequence[InputSite], truncations: dict[str, Truncation]
+) -> ActivationRules:
+    inputs = {}
+    for site in sites:
+        selection: Selection
+        scale = None
+        if metric == "cett":
+            scale = column_norms(site.target.matrix())
+            selection = Threshold(truncations[site.name].threshold(setting))
+        elif metric == "top-k":
+            keep = max(1, round((1 - setting) * site.width))
+            selection = Everything() if keep == site.width else TopK(keep)
+        else:
+            selection = Threshold(10.0**setting)
+        inputs[site.name] = ChannelRule(selection, scale)
+    return ActivationRules(inputs, settings={"method": "ppl-p", "metric": metric, "setting": setting})
+
+
+def middle_activations(
+    model: nn.Module, data: Sequence[Batch], sites: Sequence[InputSite], tokens: int, progress: bool = True
+) -> dict[str, Tensor]:
+    """What layers receive, ``(at most tokens, m)`` each, spread evenly over the batches."""
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    share = max(1, tokens // len(data))
+    handles = []
+
+    def keep(name: str, values: Tensor) -> None:
+        rows = values.detach().reshape(-1, values.shape[-1])
+        chosen = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long().unique()
+        found[name].append(rows[chosen.to(rows.device)].clone())
+
+    for site in sites:
+        hook = lambda module, args, name=site.name: keep(name, args[0])  # noqa: E731
+        handles.append(site.module.register_forward_pre_hook(hook))
+    try:
+        run_over(model, data, "activations", progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@register(
+    "ppl-p",
+    paper="sparsing-law",
+    when="at inference",
+    granularity="activations",
+    criterion=("activation", "magnitude"),
+    allocation="measured",
+)
+@dataclass(kw_only=True)
+class PPLBudget:
+    """Feed-forward neurons dropped until perplexity rises by p% [Luo et al., 2024, arXiv 2411.02335, section 3].
+
+    A third way to come by thresholds, beside quantiles and the greedy search: the price is given and the sparsity
+    follows.
+
+    Parameters
+    ----------
+    p
+        Price in percent.
+    dense_prefill
+        Share of a prompt that stays dense.
+    """
+
+    p: float = 1.0
+    dense_prefill: float = 0.01
+    rules_: ActivationRules = field(init=False, repr=False, compare=False)
+
+    def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ActivationRules:
+        """Find the thresholds; see :func:`ppl_p_sparsity`."""
+        self.rules_ = ppl_p_sparsity(model, data, self.p, progress=progress).rules
+        return self.rules_
+
+    def install(self, model: nn.Module, rules: ActivationRules | None = None) -> Any:
+        """Put the rules to work; see :meth:`gossamer.activations.base.ActivationSparsifier.install`."""
+        found = rules if rules is not None else getattr(self, "rules_", None)
+        if found is None:
+            raise CalibrationError("PPLBudget has no rules yet; call calibrate(model, data) first")
+        return install(model, found, self.dense_prefill)
+
+
+Form = Literal["relu", "silu", "constant"]
+
+
+@dataclass(frozen=True)
+class SparsingLaw:
+    """A fitted law of the activation ratio against the amount of training data.
+
+    Attributes
+    ----------
+    form
+        ``silu``: A = A₀ − c D^−α, rising; ``relu``: A = A₀ + exp(b − c D^α), falling; or ``constant``.
+    parameters
+        By name.
+    r_squared
+        Share of the variance that is explained.
+    aic
+        Akaike's criterion, n ln(RSS/n) + 2k with the correction for small n.
+    """
+
+    form: Form
+    parameters: dict[str, float]
+    r_squared: float
+    aic: float
+
+    @property
+    def limit(self) -> float:
+        """A₀, where training without end leads."""
+        return self.parameters["limit"]
+
+    def predict(self, data: Sequence[float]) -> np.ndarray:
+        """A at amounts of data."""
+        return _LAWS[self.form][0](np.asarray(data, dtype=float), *self.parameters.values())
+
+
+def _falling(data: Any, alpha: float, b: float, c: float, limit: float) -> Any:
+    return limit + np.exp(np.clip(b - c * data**alpha, -700, 50))
+
+
+def _rising(data: Any, alpha: float, c: float, limit: float) -> Any:
+    return limit - c * data**-alpha
+
+
+_LAWS: dict[Form, tuple[Callable[..., Any], tuple[str, ...], list[float], list[float]]] = {
+    "relu": (_falling, ("alpha", "b", "c", "limit"), [0.05, -20.0, 0.0, 0.0], [3.0, 20.0, 1e3, 1.0]),
+    "silu": (_rising, ("alpha", "c", "limit"), [0.02, 0.0, 0.0], [5.0, 1e3, 1.0]),
+    "constant": (lambda data, limit: np.full(np.shape(data), limit), ("limit",), [0.0], [1.0]),
+}
+_STARTS = 24
+
+
+def fit_sparsing_law(data: Sequence[float], ratio: Sequence[float], form: Form = "relu") -> SparsingLaw:
+    """Fit a law to activation ratios along training by bounded least squares, from many starting points.
+
+    Parameters
+    ----------
+    data
+        Amounts of training data D, above 0; scaled by their geometric mean before the fit, so the unit does not matter.
+    ratio
+        Activation ratios A in [0, 1].
+    form
+        Of the law.
+
+    Raises
+    ------
+    CalibrationError
+        If there are fewer points than the law has parameters plus two, or values outside their range.
+    """
+    amounts, values = np.asarray(data, dtype=float), np.asarray(ratio, dtype=float)
+    if form not in _LAWS:
+        raise ConfigurationError(f"form is {form!r}; it must be relu, silu or constant")
+    law, names, low, high = _LAWS[form]
+    if len(amounts) != len(values) or len(amounts) < len(names) + 2:
+        raise CalibrationError(
+            f"{len(amounts)} amounts and {len(values)} ratios; a {form} law needs {len(names) + 2} pairs"
+        )
+    if not (np.isfinite(amounts).all() and (amounts > 0).all() and (values >= 0).all() and (values <= 1).all()):
+        raise CalibrationError("amounts of data must be above 0 and activation ratios in [0, 1], all of them finite")
+    unit = math.exp(float(np.log(amounts).mean()))
+    best: tuple[float, np.ndarray] | None = None
+    generator = np.random.default_rng(0)
+    for _ in range(_STARTS):
+        start = [generator.uniform(a, min(b, a + 3)) for a, b in zip(low, high)]
+        try:
+            found, _ = curve_fit(law, amounts / unit, values, start, bounds=(low, high), maxfev=20_000)
+        except RuntimeError:  # one starting point may lead nowhere
+            continue
+        rss = float(((law(amounts / unit, *found) - values) ** 2).sum())
+        if best is None or rss < best[0]:
+            best = (rss, found)
+    if best is None:
+        raise CalibrationError(f"no {form} law fits the {len(amounts)} points; give more, spread over more data")
+    rss, found = best
+    named = dict(zip(names, (float(v) for v in found)))
+    return SparsingLaw(form, _unscaled(form, named, unit), _explained(rss, values), _aic(rss, len(values), len(names)))
+
+
+def _unscaled(form: Form, parameters: dict[str, float], unit: float) -> dict[str, float]:
+    """The parameters for D in the user's unit."""
+    if form == "relu":
+        return parameters | {"c": parameters["c"] * unit ** -parameters["alpha"]}
+    if form == "silu":
+        return parameters | {"c": parameters["c"] * unit ** parameters["alpha"]}
+    return parameters
+
+
+def _explained(rss: float, values: np.ndarray) -> float:
+    total = float(((values - values.mean()) ** 2).sum())
+    return 1 - rss / total if total > 0 else 0.0
+
+
+def _aic(rss: float, n: int, k: int) -> float:
+    k += 1  # the variance of the residuals
+    correction = 2 * k * (k + 1) / (n - k - 1) if n > k + 1 else math.inf
+    return n * math.log(max(rss, 1e-30) / n) + 2 * k + correction

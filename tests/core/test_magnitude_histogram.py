@@ -1,0 +1,57 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gossamer.core.magnitude_histogram import MagnitudeHistogram
+from gossamer.errors import CalibrationError, NonFiniteError, SparsityError
+
+
+def filled(values, scale=None, parts=1):
+    histogram = MagnitudeHistogram("layer", scale)
+    for part in values.chunk(parts):
+        histogram.update(part)
+    return histogram
+
+
+@given(st.floats(0.01, 0.99), st.integers(0, 1000))
+def test_a_threshold_drops_the_share_that_was_asked_for(sparsity, seed):
+    x = torch.randn(500, 40, generator=torch.Generator().manual_seed(seed))
+    threshold = filled(x).threshold(sparsity)
+    assert abs(float((x.abs() <= threshold).double().mean()) - sparsity) < 2e-3
+
+
+def test_the_order_and_size_of_batches_change_nothing():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    one, other = filled(x), filled(x.flip(0), parts=7)
+    assert torch.equal(one.counts, other.counts)
+    assert one.total == 512
+
+
+def test_a_scale_is_that_of_the_scores():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(8) + 0.1
+    assert torch.equal(filled(x, scale).counts, filled(x * scale).counts)
+
+
+def test_values_of_bfloat16_go_as_a_whole_so_that_the_share_is_the_nearest_there_is():
+    x = torch.randn(400, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    threshold = filled(x).threshold(0.5)
+    reached = abs(float((x.abs() <= threshold).double().mean()) - 0.5)
+    steps = x.abs().float().unique()
+    best = min(abs(float((x.abs() <= step).double().mean()) - 0.5) for step in steps)
+    assert reached == pytest.approx(best, abs=1e-9)
+
+
+def test_nothing_goes_at_a_sparsity_of_zero():
+    assert filled(torch.ones(2, 2)).threshold(0.0) is None
+
+
+def test_bad_data_and_bad_sparsities_are_refused():
+    with pytest.raises(CalibrationError, match="layer never ran"):
+        MagnitudeHistogram("layer").threshold(0.5)
+    for broken in (torch.nan, torch.inf):
+        with pytest.raises(NonFiniteError, match="layer: 1 calibration activations"):
+            filled(torch.tensor([[1.0, broken]])).threshold(0.5)
+    with pytest.raises(SparsityError):
+        filled(torch.ones(2, 2)).threshold(1.0)
