@@ -94,9 +94,10 @@ def test_down_norms_count_when_asked(tiny_llama, batches):
 
 def test_thresholds_for_kernels_cover_inputs_and_gates(tiny_llama, batches):
     rules = Chess().calibrate(tiny_llama, batches, progress=False)
-    inputs, gates = rules.thresholds(tiny_llama)
-    assert inputs["model.layers.0.self_attn.q_proj"].shape == (48,)
-    assert gates["model.layers.2.mlp"].shape == (72,)
+    found = rules.thresholds(tiny_llama)
+    assert found.inputs["model.layers.0.self_attn.q_proj"].shape == (48,)
+    assert found.gates["model.layers.2.mlp"].shape == (72,)
+    found.check(tiny_llama)
 
 
 def test_bad_settings_and_models_are_refused(batches):

@@ -19,6 +19,7 @@ from gossamer.errors import (
     NonFiniteError,
     SparsityError,
 )
+from gossamer.measure import perplexity
 from gossamer.models.activation_sites import find_input_sites
 
 
@@ -108,6 +109,24 @@ def test_generation_with_a_cache_writes_what_running_the_whole_text_again_would(
     assert torch.equal(cached, ids)
 
 
+def test_kernels_write_what_masked_products_write_and_keep_one_copy_of_each_weight(tiny_llama, batches):
+    teal = Teal(sparsity=0.6, dense_prefill=1.0)
+    teal.calibrate(tiny_llama, batches, progress=False)
+    weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    with teal.install(tiny_llama) as masked:
+        expected = tiny_llama.generate(batches[0][:, :6], **options)
+        counted = masked.realised
+    with teal.install(tiny_llama, kernels=True) as fast:
+        assert torch.equal(tiny_llama.generate(batches[0][:, :6], **options), expected)
+        assert fast.realised == pytest.approx(counted, abs=0.01)
+    assert tiny_llama.model.layers[0].mlp.up_proj.weight is weight
+    assert torch.equal(weight, before)
+    assert weight.t().is_contiguous()
+    assert "forward" not in vars(tiny_llama.model.layers[0].mlp.up_proj)
+
+
 def test_the_first_tokens_of_a_prompt_stay_dense():
     tokens = DenseTokens(0.3)
     assert tokens.of_prompt((2, 10))[0].nonzero().flatten().tolist() == [0, 1, 2]
@@ -149,6 +168,18 @@ def test_other_sparsities_come_from_the_same_calibration(tiny_llama, batches):
     again = Teal(sparsity=0.25).calibrate(tiny_llama, batches, progress=False)
     found, expected = ({n: r.selection for n, r in rules.inputs.items()} for rules in (once.at(0.25), again))
     assert found == expected
+
+
+def test_a_sparsity_can_be_chosen_by_its_price(tiny_llama, batches):
+    teal = Teal(dense_prefill=0.0)
+    teal.calibrate(tiny_llama, batches, progress=False)
+    dense = perplexity(tiny_llama, batches, 24, 24, progress=False).value
+    found = teal.within(tiny_llama, batches, 1.005)
+    assert teal.sparsity == found > 0
+    with teal.active(tiny_llama):
+        assert perplexity(tiny_llama, batches, 24, 24, progress=False).value <= 1.005 * dense
+    with pytest.raises(ConfigurationError, match="ratio is 1"):
+        teal.within(tiny_llama, batches, 1)
 
 
 def test_rules_survive_a_file_and_give_the_same_model(tiny_llama, batches, tmp_path):

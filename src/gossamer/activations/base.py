@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.budgets import GreedyAllocation
+from gossamer.activations.budgets import GreedyAllocation, largest_within
 from gossamer.activations.installed import Installed
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
@@ -22,6 +22,7 @@ from gossamer.core.magnitude_histogram import MagnitudeHistogram
 from gossamer.core.progress import track
 from gossamer.core.selection import dropped_count
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError, check_sparsity
+from gossamer.measure.perplexity import perplexity
 from gossamer.measure.windows import evaluation_mode
 from gossamer.models.activation_sites import (
     ROLES,
@@ -129,6 +130,42 @@ class ActivationSparsifier:
         self.sparsity = sparsity
         return self._settle(dict.fromkeys((site.name for site in self._sites), sparsity))
 
+    def within(self, model: nn.Module, tokens: Sequence[Tensor], ratio: float = 1.01, tolerance: float = 0.01) -> float:
+        """Settle on the largest sparsity whose perplexity stays within a ratio of the dense model's, by bisection.
+
+        Parameters
+        ----------
+        model
+            The calibrated model.
+        tokens
+            Token ids that perplexity is measured on, ``(batch, length)`` each.
+        ratio
+            Of perplexities, above 1.
+        tolerance
+            Sparsity to which the answer is known.
+
+        Returns
+        -------
+        float
+            The sparsity; :attr:`rules_` are those for it.
+        """
+        if not ratio > 1:
+            raise ConfigurationError(f"ratio is {ratio}; it must be above 1, such as 1.01 for one percent")
+        window = max(part.shape[1] for part in tokens)
+
+        def measured() -> float:
+            return perplexity(model, list(tokens), window, window, progress=False).value
+
+        limit = ratio * measured()
+
+        def cost(sparsity: float) -> float:
+            with install(model, self.at(sparsity), self.dense_prefill):
+                return measured()
+
+        found = largest_within(cost, limit, 0.0, 0.95, tolerance)
+        self.at(found)
+        return found
+
     def _rule(self, site: InputSite, sparsity: float) -> ChannelRule:
         histogram = self._histograms[site.name]
         return ChannelRule(self.selection(histogram, site.width, sparsity), histogram.scale)
@@ -159,7 +196,7 @@ class ActivationSparsifier:
         }
         return {"method": type(self).__name__, **plain}
 
-    def install(self, model: nn.Module, rules: ActivationRules | None = None) -> Installed:
+    def install(self, model: nn.Module, rules: ActivationRules | None = None, kernels: bool = False) -> Installed:
         """Put rules to work until ``remove()`` is called, or as a context manager until its end.
 
         Parameters
@@ -168,6 +205,8 @@ class ActivationSparsifier:
             The model that they are for.
         rules
             By default those of the last :meth:`calibrate`.
+        kernels
+            Whether to read the weights of live channels only; see :class:`~gossamer.activations.installed.Installed`.
 
         Raises
         ------
@@ -179,7 +218,7 @@ class ActivationSparsifier:
         rules = rules if rules is not None else getattr(self, "rules_", None)
         if rules is None:
             raise CalibrationError(f"{type(self).__name__} has no rules yet; call calibrate(model, data) first")
-        return install(model, rules, self.dense_prefill)
+        return install(model, rules, self.dense_prefill, kernels)
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[Installed]:
@@ -188,13 +227,13 @@ class ActivationSparsifier:
             yield installed
 
 
-def install(model: nn.Module, rules: ActivationRules, dense_prefill: float = 0.01) -> Installed:
+def install(model: nn.Module, rules: ActivationRules, dense_prefill: float = 0.01, kernels: bool = False) -> Installed:
     """Put rules to work in a model; see :meth:`ActivationSparsifier.install`."""
     if rules.settings.get("rotated") and not is_rotated(model):
         raise ModelError("these rules are for a rotated model; call models.rotation.orthogonalise(model) first")
     inputs = {site.name: site for site in find_input_sites(model)}
     gates = {site.name: site for site in find_gate_sites(model)} if rules.gates else {}
-    return Installed(model, rules, inputs, gates, dense_prefill)
+    return Installed(model, rules, inputs, gates, dense_prefill, kernels)
 
 
 def by_threshold(histogram: MagnitudeHistogram, sparsity: float) -> Selection:

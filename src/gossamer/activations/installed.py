@@ -13,6 +13,8 @@ from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules, LowRank
 from gossamer.core.channel_rules import ChannelRule
 from gossamer.errors import ModelError
+from gossamer.kernels.channel_products import input_sparse
+from gossamer.kernels.channels import ChannelMatrix, lay_by_channels
 from gossamer.measure.weights_read import WeightsRead, weights_read
 from gossamer.models.activation_sites import GateSite, InputSite
 from gossamer.models.rotation import rotation_size
@@ -91,6 +93,9 @@ class Installed:
         The sites of the model.
     dense_prefill
         Share of a prompt that stays dense; see :class:`DenseTokens`.
+    kernels
+        Whether layers whose rules are thresholds lay their weights by channels, in place and for good, so that calls
+        of few tokens, none of them dense, read the live channels only. The parameters keep their values and shapes.
 
     Raises
     ------
@@ -105,6 +110,7 @@ class Installed:
         inputs: Mapping[str, InputSite],
         gates: Mapping[str, GateSite],
         dense_prefill: float,
+        kernels: bool = False,
     ):
         _check(rules, inputs, gates)
         if getattr(model, "_activation_rules", None) is not None:
@@ -117,7 +123,8 @@ class Installed:
         self._handles: list[Any] = [self.tokens.attach(model)]
         for name, rule in rules.inputs.items():
             self.sites[name] = site = Site(rule, self.tokens, Tally(), rules.low_rank.get(name))
-            self._handles += _hook_input(inputs[name].module, site)
+            thresholds = rule.thresholds(inputs[name].width) if kernels and site.low_rank is None else None
+            self._handles += _hook_input(inputs[name].module, site, thresholds)
         for name, rule in rules.gates.items():
             self.sites[name] = site = Site(rule, self.tokens, Tally())
             self._handles.append(gates[name].activation.register_forward_hook(_masking_output(site)))
@@ -165,7 +172,9 @@ class Installed:
         self.remove()
 
 
-def _hook_input(module: nn.Module, site: Site) -> list[Any]:
+def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> list[Any]:
+    if thresholds is not None and type(module) is nn.Linear and module.weight.device.type == "cpu":
+        return [_LiveChannels(module, site, thresholds)]
     if site.low_rank is None:
         return [module.register_forward_pre_hook(_masking_input(site))]
     factors = site.low_rank
@@ -180,6 +189,35 @@ def _hook_input(module: nn.Module, site: Site) -> list[Any]:
         return output + factors.product(rest.pop())
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+_FEW = 32  # vectors; with more, the union of what they want is nearly everything
+
+
+class _LiveChannels:
+    """Stands in for a linear layer: few tokens read the channels that some of them wants, many take it all."""
+
+    def __init__(self, module: nn.Linear, site: Site, thresholds: Tensor):
+        if ChannelMatrix.of_view(module.weight.detach()) is None:
+            module.weight.data = lay_by_channels(module.weight)
+        matrix = ChannelMatrix.of_view(module.weight.detach())
+        assert matrix is not None
+        self._module, dense = module, module.forward
+        # everything counts where a threshold is below zero, which for the kernel is no threshold but for zeros
+        bounds = thresholds.clamp_min(0)
+
+        def forward(x: Tensor) -> Tensor:
+            few = x.shape[:-1].numel() <= _FEW and x.dtype in (torch.float32, torch.bfloat16)
+            if not few or site.tokens.dense is not None or torch.is_grad_enabled():
+                return dense(site.masked(x))
+            site.live(x)
+            return input_sparse(matrix, x, bounds, module.bias)
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the layer its own product back; the layout of its weight stays."""
+        self._module.__dict__.pop("forward", None)
 
 
 def _masking_input(site: Site) -> Any:

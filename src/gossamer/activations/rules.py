@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
 from gossamer.errors import CheckpointError, ModelError
+from gossamer.runtime.thresholds import Thresholds
 
 _FORMAT = "gossamer activation rules 1"
 
@@ -73,8 +74,15 @@ class ActivationRules:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def thresholds(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the channels of every site must exceed, for kernels: of inputs, and of gates.
+    def thresholds(self, model: nn.Module, prompt: bool = False) -> Thresholds:
+        """What the channels of every site must exceed, for a compiled program.
+
+        Parameters
+        ----------
+        model
+            The model that the rules are for.
+        prompt
+            Whether they hold for prompts too; otherwise only decoding is sparse.
 
         Raises
         ------
@@ -82,16 +90,22 @@ class ActivationRules:
             If a rule does not select by threshold, or needs more than that.
         """
         if self.low_rank:
-            raise ModelError("these rules have a low-rank part, which is no threshold; run them by hooks")
+            raise ModelError("these rules have a low-rank part, which is no threshold; run them through Hugging Face")
         modules = dict(model.named_modules())
-        inputs = {name: rule.thresholds(_width(modules[name])) for name, rule in self.inputs.items()}
-        gates = {name: _gate_thresholds(name, rule) for name, rule in self.gates.items()}
-        for name, found in [*inputs.items(), *gates.items()]:
-            if found is None:
-                raise ModelError(
-                    f"{name} selects the largest channels of each token, not by threshold; use gate='threshold'"
-                )
-        return inputs, gates  # type: ignore[return-value]
+        widths = {name: _width(modules[name]) for name in self.inputs}
+        widths |= {name: _gate_width(name, rule) for name, rule in self.gates.items()}
+        found: dict[str, dict[str, Tensor]] = {"inputs": {}, "gates": {}}
+        for kind, rules in (("inputs", self.inputs), ("gates", self.gates)):
+            for name, rule in rules.items():
+                if isinstance(rule.selection, Everything):
+                    continue
+                thresholds = rule.thresholds(widths[name])
+                if thresholds is None:
+                    raise ModelError(
+                        f"{name} selects the largest channels of each token, not by threshold; use gate='threshold'"
+                    )
+                found[kind][name] = thresholds
+        return Thresholds(found["inputs"], found["gates"], prompt)
 
     def save(self, file: Path) -> None:
         """Write to a safetensors file, at once or not at all."""
@@ -162,7 +176,7 @@ def _width(module: nn.Module) -> int:
     return weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1]
 
 
-def _gate_thresholds(name: str, rule: ChannelRule) -> Tensor | None:
+def _gate_width(name: str, rule: ChannelRule) -> int:
     if rule.scale is None:
         raise ModelError(f"{name}: the rule of a gate has no scale, so its width is not known; give one of ones")
-    return rule.thresholds(len(rule.scale))
+    return len(rule.scale)

@@ -103,13 +103,13 @@ def matched(
 
 
 def activation_curves(points: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, list[float]]]:
-    """Method → perplexity over the share of weights that a token reads, dense model included."""
+    """Method → perplexity over the sparsity that was asked for, dense model included."""
     curves: dict[str, dict[str, list[float]]] = {}
     for label, point in points.items():
         method, _, at = label.partition(" at ")
         if at:
-            curve = curves.setdefault(method, {"x": [1.0], "y": [math.exp(points["dense"]["nll"])]})
-            curve["x"].append(point["share"])
+            curve = curves.setdefault(method, {"x": [0.0], "y": [math.exp(points["dense"]["nll"])]})
+            curve["x"].append(float(at))
             curve["y"].append(math.exp(point["nll"]))
     return curves
 
@@ -128,6 +128,6 @@ def reported(observations: Sequence[Observation]) -> dict[str, Any]:
         points = [o["points"][label] for o in observations]
         numbers[f"perplexity, {label}"] = math.exp(sum(p["nll"] for p in points) / count)
         if "share" in points[0]:
-            read, realised = (sum(p[key] for p in points) / count for key in ("share", "realised"))
-            numbers[f"weights read, realised sparsity, {label}"] = [round(read, 4), round(realised, 4)]
+            numbers[f"weights read, {label}"] = sum(p["share"] for p in points) / count
+            numbers[f"realised sparsity, {label}"] = sum(p["realised"] for p in points) / count
     return numbers

@@ -155,7 +155,7 @@ experiment = Experiment(
         "full": {**FULL, "sequences": 64, "levels": list(_LEVELS)},
     },
     seeds=3,
-    x_label="weights read for a token, share of the model",
+    x_label="sparsity of the treated layers that was asked for",
     y_label="perplexity",
     logarithmic=True,
 )

@@ -19,8 +19,8 @@ from gossamer.papers.statistics import Interval
 from gossamer.storage.atomic import atomic_file
 
 # distinguishable with any kind of colour vision, and by marker in print
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-_MARKERS = "osD^vPX*"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+MARKERS = "osD^vPX*"
 
 
 def draw_result(
@@ -90,7 +90,7 @@ def collect_curves(observations: Iterable[Mapping[str, Any]]) -> dict[str, dict[
 
 def _draw_curves(axes: Axes, curves: dict[str, dict[float, list[float]]], seeds: int) -> None:
     for index, (method, points) in enumerate(curves.items()):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         x = list(points)
         axes.plot(x, [sum(y) / len(y) for y in points.values()], color=colour, marker=marker, label=method)
         if seeds > 1:
@@ -102,7 +102,7 @@ def _draw_curves(axes: Axes, curves: dict[str, dict[float, list[float]]], seeds:
 
 def _draw_intervals(axes: Axes, intervals: dict[str, Interval]) -> None:
     for row, interval in enumerate(intervals.values()):
-        colour = _COLOURS[row % len(_COLOURS)]
+        colour = COLOURS[row % len(COLOURS)]
         axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=3, alpha=0.5)
         axes.plot([interval.mean], [row], color=colour, marker="o")
     axes.set_yticks(range(len(intervals)), [name.replace("_", " ") for name in intervals])

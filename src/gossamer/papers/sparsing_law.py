@@ -155,7 +155,8 @@ def decide(observations: Sequence[Observation]) -> Verdict:
     numbers: dict[str, Any] = {f"sparsity at 1%, {m}": mean_interval(v) for m, v in sparsity.items()}
     numbers |= {f"sparsity, cett − {m}": gap for m, gap in rivals.items()}
     numbers |= {
-        f"realised ratio of perplexity, {m}": [o["metrics"][m]["ratio"] for o in observations] for m in _METRICS
+        f"realised ratio of perplexity, {m}": sum(o["metrics"][m]["ratio"] for o in observations) / len(observations)
+        for m in _METRICS
     }
     numbers |= {f"activation ratio per decade of data, {g}": slope for g, slope in slopes.items()}
     numbers |= {f"AIC of a constant − of the {g} law": gap for g, gap in better.items()}
@@ -220,8 +221,8 @@ experiment = Experiment(
     slug="sparsing-law",
     claim=(
         "At one percent of perplexity, thresholds from one tolerance of the truncated output leave most neurons out; "
-        "and with more data, models with ReLU gates become sparser and those with SiLU gates denser, deeper and narrower "
-        "ones sparser, while size matters little."
+        "and with more data, models with ReLU gates become sparser and those with SiLU gates denser, deeper and "
+        "narrower ones sparser, while size matters little."
     ),
     rule=(
         "holds if, over seeds at 95%, the sparsity at 1% is above that of top-k and of one global threshold, the "

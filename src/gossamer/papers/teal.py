@@ -112,7 +112,7 @@ experiment = Experiment(
     decide=decide,
     budgets={"quick": _QUICK, "full": {**FULL, "greedy sequences": 10, "greedy step": 0.05}},
     seeds=3,
-    x_label="weights read for a token, share of the model",
+    x_label="sparsity of the treated layers that was asked for",
     y_label="perplexity",
     logarithmic=True,
 )

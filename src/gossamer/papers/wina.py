@@ -151,7 +151,7 @@ experiment = Experiment(
     decide=decide,
     budgets={"quick": QUICK, "full": FULL},
     seeds=3,
-    x_label="weights read for a token, share of the model",
+    x_label="sparsity of the treated layers that was asked for",
     y_label="perplexity",
     logarithmic=True,
 )
