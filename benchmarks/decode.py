@@ -22,6 +22,7 @@ from torch import nn
 from benchmarks.harness import Row, paired, show
 from benchmarks.llama_peer import FILE_TYPES, LlamaCpp
 from gossamer.kernels.dense import DenseMatrix
+from gossamer.kernels.integer import IntegerDenseMatrix
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.nibbles import NibbleMatrix
 from gossamer.measure import Timing, describe_machine, interleave, read_bandwidth
@@ -46,6 +47,7 @@ def storages(head: str) -> dict[str, Pack]:
     return {
         "bfloat16": lambda _, weight: DenseMatrix.from_dense(weight.bfloat16()),
         "int8": lambda _, weight: DenseMatrix.from_dense(weight, "int8"),
+        "int8, activations int8": lambda _, weight: IntegerDenseMatrix.from_dense(weight),
         "W4, head int8": _int8_head(NibbleMatrix.from_dense, head),
         "W4": lambda _, weight: NibbleMatrix.from_dense(weight),
         "W4 without offsets": lambda _, weight: NibbleMatrix.from_dense(weight, offsets=False),

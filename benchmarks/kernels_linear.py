@@ -1,7 +1,7 @@
 """Vectors times a sparse matrix that no cache holds: against our own dense rows, and against torch in bfloat16.
 
-The last rows are what ``compress`` makes of layers with one vector and with many: each is measured against the layer
-as torch has it, which must never be faster.
+Kinds that begin with ``integer`` round the vector to int8. The last rows are what ``compress`` makes of layers with one
+vector and with many: each is measured against the layer as torch has it, which must never be faster.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ BARS = {
     ("bitmask", "bfloat16", 0.7): (2.4, 3.5),
     ("bitmask", "bfloat16", 0.8): (2.8, 4.5),
     ("bitmask", "int8", 0.5): (0.0, 4.0),
+    ("integer_bitmask", "int8", 0.5): (0.0, 4.0),
+    ("integer_bitmask", "int8", 0.8): (0.0, 0.0),
+    ("dense", "int8", 0.0): (0.0, 0.0),
+    ("integer_dense", "int8", 0.0): (0.0, 0.0),
     ("bitmask", "int4", 0.5): (0.0, 0.0),
     ("csr", "bfloat16", 0.95): (0.0, 0.0),
     ("csr", "int8", 0.95): (0.0, 0.0),

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "cpu.hpp"
+#include "integer_inputs.hpp"
 #include "parallel.hpp"
 
 #if defined(__x86_64__)
@@ -64,9 +65,21 @@ std::vector<std::int64_t> cuts(const Matrix& matrix, int parts) {
     }
     const bool panels = matrix.kind == Matrix::Kind::nibbles || matrix.kind == Matrix::Kind::patterns;
     if (panels && part < parts) row = row / kPanel * kPanel;
+    if (matrix.kind == Matrix::Kind::channels && part < parts) row = row / kLineBlock * kLineBlock;
     found[static_cast<std::size_t>(part)] = row;
   }
   return found;
+}
+
+// Room of a thread, which keeps what it has had.
+thread_local std::vector<std::int32_t> places_room;
+thread_local std::vector<float> values_room;
+thread_local RoundedVectors rounded_room;
+
+template <typename T>
+T* room(std::vector<T>& memory, std::int64_t count) {
+  if (memory.size() < static_cast<std::size_t>(count) + 16) memory.resize(static_cast<std::size_t>(count) + 16);
+  return memory.data();
 }
 
 }  // namespace
@@ -81,18 +94,51 @@ const std::int64_t* Matrix::starts() const {
 }
 
 void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
-                      const Outputs& outputs) const {
+                      const Outputs& outputs, bool sparse) const {
   switch (kind) {
     case Kind::none: return;
-    case Kind::dense: kernels.dense(dense, first, last, inputs, outputs); break;
-    case Kind::bitmask: kernels.bitmask(bitmask, first, last, inputs, outputs); break;
+    case Kind::dense:
+      if (rounded) kernels.integers.dense(dense, first, last, rounded_room.fill(kernels, inputs, columns), outputs);
+      else kernels.dense(dense, first, last, inputs, outputs);
+      break;
+    case Kind::bitmask:
+      if (rounded) kernels.integers.bitmask(bitmask, first, last, rounded_room.fill(kernels, inputs, columns), outputs);
+      else kernels.bitmask(bitmask, first, last, inputs, outputs);
+      break;
     case Kind::groups: kernels.groups(groups, first, last, inputs, outputs); break;
     case Kind::nibbles: kernels.steps.nibbles(nibbles, first, last, inputs, outputs); break;
     case Kind::blocks: kernels.blocks.few(blocks, first, last, inputs, outputs); break;
     case Kind::patterns: kernels.patterns.multiply(patterns, first, last, inputs, outputs); break;
+    case Kind::channels: {
+      // every thread looks for the live ones itself: it takes less time than to wait for another
+      std::int32_t* places = room(places_room, columns);
+      float* values = room(values_room, columns * inputs.count);
+      const float* bounds = sparse ? limits : nullptr;
+      const std::int64_t live =
+          kernels.channels.select(inputs.data, inputs.stride, inputs.count, bounds, columns, places, values);
+      kernels.channels.spread(lines, {live, inputs.count, places, values}, first, last, outputs.data, outputs.stride, false);
+      break;
+    }
+    case Kind::nibble_rows: {
+      std::int32_t* places = room(places_room, last - first);
+      for (std::int64_t row = first; row < last; ++row) places[row - first] = static_cast<std::int32_t>(row);
+      return multiply_some(kernels, places, last - first, inputs, outputs);
+    }
+    default: return;
   }
   if (!bias) return;
   for (int b = 0; b < inputs.count; ++b) kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
+}
+
+void Matrix::multiply_some(const Kernels& kernels, const std::int32_t* places, std::int64_t count, const Inputs& inputs,
+                           const Outputs& outputs) const {
+  const ChannelLines all = kind == Kind::dense
+                               ? ChannelLines{rows, columns, dense.values, dense.scales, dense.group, dense.value}
+                               : lines;
+  kernels.channels.gather(all, places, count, inputs.data, inputs.stride, inputs.count, outputs.data, outputs.stride);
+  if (!bias) return;
+  for (int b = 0; b < inputs.count; ++b)
+    for (std::int64_t k = 0; k < count; ++k) outputs.data[b * outputs.stride + places[k]] += bias[places[k]];
 }
 
 void Matrix::multiply_exactly(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
@@ -111,7 +157,11 @@ void Matrix::multiply_exactly(const Kernels& kernels, std::int64_t first, std::i
 
 void Matrix::expand_row(const Kernels& kernels, std::int64_t row, float* target) const {
   switch (kind) {
-    case Kind::none: return;
+    case Kind::none:
+    case Kind::channels:
+    case Kind::nibble_rows:
+    case Kind::integer_dense:
+    case Kind::integer_bitmask: return;  // no embedding is stored so
     case Kind::dense: return kernels.steps.expand_dense(dense, row, row + 1, target, columns);
     case Kind::bitmask: return kernels.expand_bitmask(bitmask, row, row + 1, target, columns);
     case Kind::groups: return kernels.expand_groups(groups, row, row + 1, target, columns);
@@ -131,8 +181,11 @@ Decoder::Decoder(Matrix embedding, float embedding_scale, Norm last_norm, Matrix
       layers_(std::move(layers)),
       hidden_(embedding.columns),
       widest_(0) {
-  for (const Layer& layer : layers_)
+  for (const Layer& layer : layers_) {
     widest_ = std::max({widest_, padded(layer.heads * layer.dim), padded(layer.gate.rows)});
+    if (layer.gate_limits && static_cast<std::int64_t>(ones_.size()) < layer.gate.rows)
+      ones_.assign(static_cast<std::size_t>(layer.gate.rows), 1.0f);
+  }
 }
 
 std::int64_t Decoder::cache_bytes(std::int64_t capacity, Value value) const {
@@ -228,8 +281,12 @@ class Decoder::Run {
   }
 
   std::pair<std::int64_t, std::int64_t> rows(const Member& self, const Matrix& matrix, std::size_t place) const {
-    if (self.members != request_.threads)
-      return {share(matrix.rows, self.number, self.members), share(matrix.rows, self.number + 1, self.members)};
+    if (self.members != request_.threads) {
+      const std::int64_t block = matrix.kind == Matrix::Kind::channels ? kLineBlock : 1;
+      const std::int64_t blocks = (matrix.rows + block - 1) / block;
+      return {share(blocks, self.number, self.members) * block,
+              std::min(share(blocks, self.number + 1, self.members) * block, matrix.rows)};
+    }
     const auto number = static_cast<std::size_t>(self.number);
     const std::vector<std::int64_t>& cuts = decoder_.cuts_[place];
     return {cuts[number], cuts[number + 1]};
@@ -239,9 +296,10 @@ class Decoder::Run {
   template <typename Use>
   void in_pieces(const Member& self, const Matrix& matrix, std::size_t place, Use&& use) const {
     const auto [first, last] = rows(self, matrix, place);
-    const std::int64_t weights = matrix.kind == Matrix::Kind::nibbles ? 4 * kRowsAtOnce : kRowsAtOnce;
+    const std::int64_t weights = matrix.kind == Matrix::Kind::nibbles || matrix.rounded ? 4 * kRowsAtOnce : kRowsAtOnce;
     const std::int64_t fitting = weights / std::max<std::int64_t>(1, matrix.columns) / kPanel * kPanel;
-    const std::int64_t step = self.tokens == 1 ? last - first : std::max(kPanel, fitting);
+    const bool whole = self.tokens == 1 || matrix.kind == Matrix::Kind::channels;
+    const std::int64_t step = whole ? last - first : std::max(kPanel, fitting);
     for (std::int64_t row = first; row < last; row += step) use(row, std::min(row + step, last));
   }
 
@@ -254,9 +312,8 @@ class Decoder::Run {
 
   void product(const Matrix& matrix, std::int64_t first, std::int64_t last, const Inputs& inputs,
                const Outputs& outputs) const {
-    const bool rounds = matrix.kind == Matrix::Kind::nibbles || matrix.kind == Matrix::Kind::groups;
-    if (request_.exact && rounds) matrix.multiply_exactly(kernels_, first, last, inputs, outputs);
-    else matrix.multiply(kernels_, first, last, inputs, outputs);
+    if (request_.exact && matrix.rounds()) matrix.multiply_exactly(kernels_, first, last, inputs, outputs);
+    else matrix.multiply(kernels_, first, last, inputs, outputs, request_.sparse);
   }
 
   template <typename Use>
@@ -423,6 +480,7 @@ class Decoder::Run {
     const Inputs inputs{inputs_, wide_, self.tokens};
     in_pieces(self, layer.gate, place + kGate, [&](std::int64_t first, std::int64_t last) {
       product(layer.gate, first, last, inputs, {first_, stride});
+      if (request_.sparse && layer.gate_limits) return fire(self, layer, first, last, inputs, stride);
       product(layer.up, first, last, inputs, {second_, stride});
       for (int token = 0; token < self.tokens; ++token)
         kernels_.steps.activate(layer.activation, first_ + token * stride + first, second_ + token * stride + first,
@@ -435,6 +493,28 @@ class Decoder::Run {
     meet(self, kMatrices);
     const bool last = index + 1 == decoder_.layers_.size();
     add_results(self, layer.after_feedforward, last ? decoder_.last_norm_ : decoder_.layers_[index + 1].before_attention);
+  }
+
+  // The activations of neurons whose gate is known: of those that stay, `up` is computed.
+  void fire(const Member& self, const Layer& layer, std::int64_t first, std::int64_t last, const Inputs& inputs,
+            std::int64_t stride) const {
+    float* hidden = first_ + first;
+    for (int token = 0; token < self.tokens; ++token) {
+      float* line = hidden + token * stride;
+      kernels_.steps.activate(layer.activation, line, decoder_.ones_.data(), last - first);
+      for (std::int64_t i = 0; i < last - first; ++i)
+        if ((line[i] < 0 ? -line[i] : line[i]) <= layer.gate_limits[first + i]) line[i] = 0.0f;
+    }
+    std::int32_t* places = room(places_room, last - first);
+    float* values = room(values_room, (last - first) * self.tokens);
+    const std::int64_t live = kernels_.channels.select(hidden, stride, self.tokens, nullptr, last - first, places, values);
+    for (std::int64_t k = 0; k < live; ++k) places[k] += static_cast<std::int32_t>(first);
+    layer.up.multiply_some(kernels_, places, live, inputs, {second_, stride});
+    for (int token = 0; token < self.tokens; ++token)
+      for (std::int64_t k = 0; k < live; ++k) {
+        float& one = first_[token * stride + places[k]];
+        if (one != 0.0f) one *= second_[token * stride + places[k]];
+      }
   }
 
   void logits(const Member& self) {

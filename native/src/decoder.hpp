@@ -15,7 +15,19 @@ namespace gossamer {
 
 // A weight in one of the storages that there are kernels for.
 struct Matrix {
-  enum class Kind : int { none = 0, dense = 1, bitmask = 2, groups = 3, nibbles = 4, blocks = 5, patterns = 6 };
+  enum class Kind : int {
+    none = 0,
+    dense = 1,
+    bitmask = 2,
+    groups = 3,
+    nibbles = 4,
+    blocks = 5,
+    patterns = 6,
+    channels = 7,     // a line for each input
+    nibble_rows = 8,  // a line for each output
+    integer_dense = 9,     // these two only in what Python hands over:
+    integer_bitmask = 10,  // they become dense and bitmask with `rounded`
+  };
 
   Kind kind = Kind::none;
   std::int64_t rows = 0;
@@ -27,13 +39,21 @@ struct Matrix {
   NibbleRows nibbles{};
   BlockRows blocks{};
   PatternRows patterns{};
+  ChannelLines lines{};
+  const float* limits = nullptr;  // channels: inputs of at most this size count as zero
+  bool rounded = false;           // dense and bitmask in int8: inputs are rounded to int8 as well
 
   explicit operator bool() const { return kind != Kind::none; }
+  bool rounds() const { return rounded || kind == Kind::nibbles || kind == Kind::groups; }
   // where the stored values of each row, or band of rows, begin; null if all rows are alike
   const std::int64_t* starts() const;
   std::int64_t band() const { return kind == Kind::blocks ? blocks.height : 1; }
+  // `sparse`: with limits, where there are any
   void multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
-                const Outputs& outputs) const;
+                const Outputs& outputs, bool sparse) const;
+  // The rows `places` alone.
+  void multiply_some(const Kernels& kernels, const std::int32_t* places, std::int64_t count, const Inputs& inputs,
+                     const Outputs& outputs) const;
   // The same with dense rows and without rounding.
   void multiply_exactly(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
                         const Outputs& outputs) const;
@@ -57,6 +77,7 @@ struct Layer {
   const float* sines = nullptr;
   std::int64_t rotary = 0;
   Activation activation = Activation::silu;
+  const float* gate_limits = nullptr;  // activations of at most this size count as zero, and `up` is not computed there
 };
 
 // Keys and values of all layers in one piece of memory: for each layer first keys, then values.
@@ -74,6 +95,7 @@ struct Request {
   bool every;             // logits of every token, not only of the last
   int threads;
   bool exact;             // no inputs are rounded, which is slow
+  bool sparse;            // limits of activations hold
 };
 
 class Decoder {
@@ -91,6 +113,10 @@ class Decoder {
   std::vector<double> seconds();
   void watch(bool wanted) { watching_ = wanted; }
 
+  // Whether limits of activations hold in the steps to come.
+  void limit(bool wanted) { limited_ = wanted; }
+  bool limited() const { return limited_; }
+
  private:
   class Run;
 
@@ -102,9 +128,10 @@ class Decoder {
   std::vector<Layer> layers_;
   std::int64_t hidden_, widest_;
   std::mutex busy_;
-  bool watching_ = false;
+  bool watching_ = false, limited_ = true;
   std::vector<double> seconds_;
   std::vector<float> memory_;
+  std::vector<float> ones_;  // as many as a layer has neurons, where a layer has limits for them
   int parts_ = 0;                                // for which
   std::vector<std::vector<std::int64_t>> cuts_;  // the rows of each matrix are divided here
 };

@@ -33,6 +33,9 @@ Matrix matrix_of(nb::handle given) {
   const auto value = static_cast<Value>(nb::cast<int>(parts[3]));
   const auto group = nb::cast<std::int64_t>(parts[4]);
   matrix.bias = at<float>(parts[5]);
+  matrix.rounded = matrix.kind == Matrix::Kind::integer_dense || matrix.kind == Matrix::Kind::integer_bitmask;
+  if (matrix.rounded)
+    matrix.kind = matrix.kind == Matrix::Kind::integer_dense ? Matrix::Kind::dense : Matrix::Kind::bitmask;
   switch (matrix.kind) {
     case Matrix::Kind::none: break;
     case Matrix::Kind::dense: matrix.dense = {matrix.columns, at<void>(parts[6]), at<float>(parts[7]), group, value}; break;
@@ -73,6 +76,14 @@ Matrix matrix_of(nb::handle given) {
                          value};
       break;
     }
+    case Matrix::Kind::channels:
+      matrix.lines = {matrix.columns, matrix.rows, at<void>(parts[6]), at<void>(parts[7]), group, value};
+      matrix.limits = at<float>(parts[8]);
+      break;
+    case Matrix::Kind::nibble_rows:
+      matrix.lines = {matrix.rows, matrix.columns, at<void>(parts[6]), at<void>(parts[7]), group, value};
+      break;
+    default: break;
   }
   return matrix;
 }
@@ -106,6 +117,7 @@ Layer layer_of(nb::handle given) {
   layer.sines = at<float>(parts["sines"]);
   layer.rotary = nb::cast<std::int64_t>(parts["rotary"]);
   layer.activation = static_cast<Activation>(nb::cast<int>(parts["activation"]));
+  if (parts.contains("gate_limits")) layer.gate_limits = at<float>(parts["gate_limits"]);
   return layer;
 }
 
@@ -127,13 +139,14 @@ void bind_decoder(nb::module_& m) {
               int value, Address logits, bool every, int threads, bool exact) {
              nb::gil_scoped_release unlocked;
              return self.step({reinterpret_cast<const std::int64_t*>(tokens), count, position,
-                               reinterpret_cast<float*>(logits), every, threads < 1 ? 1 : threads, exact},
+                               reinterpret_cast<float*>(logits), every, threads < 1 ? 1 : threads, exact, self.limited()},
                               {reinterpret_cast<unsigned char*>(cache), capacity, static_cast<Value>(value)});
            })
       .def("cache_bytes",
            [](const Decoder& self, std::int64_t capacity, int value) {
              return self.cache_bytes(capacity, static_cast<Value>(value));
            })
+      .def("limit", &Decoder::limit)
       .def("watch", &Decoder::watch)
       .def("seconds", &Decoder::seconds);
 }

@@ -270,7 +270,9 @@ const Kernels& table() {
                                   keep_highest,
                                   {mask_values, pack_tile, multiply_tile, outer_tile},
                                   block_table(),
-                                  pattern_table()};
+                                  pattern_table(),
+                                  channel_table(),
+                                  integer_table()};
   return kernels;
 }
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 
 #include "bands.hpp"
+#include "channels.hpp"
+#include "integer_rows.hpp"
 #include "patterns.hpp"
 #include "sparse_rows.hpp"
 #include "steps.hpp"
@@ -92,27 +94,37 @@ struct Kernels {
   TrainingKernels training;
   BlockKernels blocks;
   PatternKernels patterns;
+  ChannelKernels channels;
+  IntegerKernels integers;
 };
 
 namespace plain {
 const Kernels& table();
 const BlockKernels& block_table();      // of block_kernels.cpp
 const PatternKernels& pattern_table();  // of pattern_kernels.cpp
+const ChannelKernels& channel_table();  // of channel_kernels.cpp
+const IntegerKernels& integer_table();  // of integer_kernels.cpp
 }
 namespace avx2 {
 const Kernels& table();
 const BlockKernels& block_table();      // of block_kernels.cpp
 const PatternKernels& pattern_table();  // of pattern_kernels.cpp
+const ChannelKernels& channel_table();  // of channel_kernels.cpp
+const IntegerKernels& integer_table();  // of integer_kernels.cpp
 }
 namespace avx512 {
 const Kernels& table();
 const BlockKernels& block_table();      // of block_kernels.cpp
 const PatternKernels& pattern_table();  // of pattern_kernels.cpp
+const ChannelKernels& channel_table();  // of channel_kernels.cpp
+const IntegerKernels& integer_table();  // of integer_kernels.cpp
 }
 namespace avx512_bf16 {
 const Kernels& table();
 const BlockKernels& block_table();      // of block_kernels.cpp
 const PatternKernels& pattern_table();  // of pattern_kernels.cpp
+const ChannelKernels& channel_table();  // of channel_kernels.cpp
+const IntegerKernels& integer_table();  // of integer_kernels.cpp
 }
 
 }  // namespace gossamer

@@ -16,9 +16,12 @@ namespace nb = nanobind;
 namespace gossamer {
 
 void bind_blocks(nb::module_& m);
+void bind_channel_histogram(nb::module_& m);
+void bind_channels(nb::module_& m);
 void bind_convolution(nb::module_& m);
 void bind_convolution_bytes(nb::module_& m);
 void bind_decoder(nb::module_& m);
+void bind_integers(nb::module_& m);
 void bind_patterns(nb::module_& m);
 void bind_selection(nb::module_& m);
 void bind_training(nb::module_& m);
@@ -57,9 +60,12 @@ NB_MODULE(_native, m) {
   m.def("use_instruction_set", &use_instruction_set, nb::arg("name"));
   m.def("thread_source", &thread_source);
   bind_blocks(m);
+  bind_channel_histogram(m);
+  bind_channels(m);
   bind_convolution(m);
   bind_convolution_bytes(m);
   bind_decoder(m);
+  bind_integers(m);
   bind_patterns(m);
   bind_selection(m);
   bind_training(m);

@@ -29,6 +29,10 @@ Storage = Annotated[
     str, typer.Option("--compress", help="weights become exact, bfloat16, int8 or int4; off: run by Hugging Face")
 ]
 Head = Annotated[str, typer.Option(help="the output head becomes int8, int4, bfloat16, or keep")]
+Rules = Annotated[
+    Path | None, typer.Option("--activations", help="rules.safetensors of `gossamer sparsify`: read what fires only")
+]
+Inputs = Annotated[str, typer.Option(help="float, or int8: inputs of layers in whole numbers too, for int8 and int4")]
 TextName = Annotated[str, typer.Option(help="moby-dick, state-of-the-union, or a text file")]
 
 
@@ -207,6 +211,7 @@ def compress(
     storage: Annotated[str, typer.Option("--format", help="of weights: exact, bfloat16, int8 or int4")] = "exact",
     head: Head = "int8",
     group: Annotated[int | None, typer.Option(help="columns that share a scale, for int8 and int4")] = None,
+    inputs: Inputs = "float",
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -216,12 +221,13 @@ def compress(
     from gossamer.runtime.compress import check_formats
     from gossamer.storage import atomic_directory, save, size_report
 
-    check_formats(None if storage == "exact" else storage, head)
+    wanted = None if storage == "exact" else storage
+    check_formats(wanted, head, inputs)
     with atomic_directory(output, overwrite=overwrite) as directory:
         loaded = load(model, dtype=dtype)
         if loaded.licence:
             console.print(loaded.licence)
-        found = compress_model(loaded.model, None if storage == "exact" else storage, head=head, group=group)
+        found = compress_model(loaded.model, wanted, head=head, group=group, activations=inputs)
         save(loaded.model, directory, loaded.tokenizer, settings=found.to_dict(), overwrite=True)
     sizes = size_report(output)
     console.print(f"{found}\n{output}: {sizes.file_bytes / 1e6:.1f} MB")
@@ -233,6 +239,8 @@ def bench(
     against: Annotated[str | None, typer.Option(help="a dense model to compare with")] = None,
     storage: Storage = "exact",
     head: Head = "int8",
+    activations: Rules = None,
+    inputs: Inputs = "float",
     prompt_tokens: Annotated[int, typer.Option(help="length of the prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(help="tokens to write")] = 64,
     repeats: Annotated[int, typer.Option(help="measurements; the median counts")] = 5,
@@ -245,15 +253,18 @@ def bench(
     from gossamer.models import load
     from gossamer.runtime.engine import Engine, check_engine
 
-    check_engine(storage, head)
+    check_engine(storage, head, inputs)
     found: dict[str, Any] = {}
     for label, source in (("", model), ("dense ", against)):
         if source is None:
             continue
         loaded = load(source, dtype=dtype, device=device)
-        # what is compared with is what people have now
-        wanted = "off" if label else storage
-        engine = Engine.of(loaded.model, loaded.tokenizer, wanted, head, context=prompt_tokens + new_tokens)
+        options: dict[str, Any] = {"context": prompt_tokens + new_tokens}
+        if label:  # what is compared with is what people have now
+            engine = Engine.of(loaded.model, loaded.tokenizer, "off", **options)
+        else:
+            options |= {"activations": inputs, "thresholds": _thresholds(activations, loaded.model)}
+            engine = Engine.of(loaded.model, loaded.tokenizer, storage, head, **options)
         speed = engine.speed(prompt_tokens, new_tokens, repeats)
         for phase in ("prefill", "decode"):
             timing = getattr(speed, phase)
@@ -272,6 +283,8 @@ def generate(
     tokens: Annotated[int, typer.Option(help="most tokens to write")] = 64,
     storage: Storage = "exact",
     head: Head = "int8",
+    activations: Rules = None,
+    inputs: Inputs = "float",
     temperature: Annotated[float, typer.Option(help="0 always takes the most likely token")] = 0.0,
     top_k: Annotated[int, typer.Option(help="choose among so many tokens; 0 for all")] = 0,
     top_p: Annotated[float, typer.Option(help="choose among the fewest tokens of this probability")] = 1.0,
@@ -286,10 +299,13 @@ def generate(
     from gossamer.runtime.engine import Engine, check_engine
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    check_engine(storage, head)
+    check_engine(storage, head, inputs)
     loaded = load(model, dtype=dtype, device=device)
     context = len(encode_prompt(loaded.tokenizer, prompt)) + max(tokens, 1)
-    engine = Engine.of(loaded.model, loaded.tokenizer, storage, head, context=context)
+    sparse = _thresholds(activations, loaded.model)
+    engine = Engine.of(
+        loaded.model, loaded.tokenizer, storage, head, activations=inputs, context=context, thresholds=sparse
+    )
     _, found = engine.write(prompt, tokens, sampling, on_text=lambda text: print(text, end="", flush=True))
     print()
     Console(stderr=True).print(f"{len(found.tokens)} tokens, {found.tokens_per_second:.1f} a second, {engine}")
@@ -402,6 +418,18 @@ def _read_options(options: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name.replace("-", "_")] = value
     return found
+
+
+def _thresholds(rules: Path | None, model: Any) -> Any:
+    if rules is None:
+        return None
+    from gossamer.activations.rules import ActivationRules
+    from gossamer.models.rotation import orthogonalise
+
+    found = ActivationRules.load(rules / "rules.safetensors" if rules.is_dir() else rules)
+    if found.settings.get("rotated"):
+        orthogonalise(model)
+    return found.thresholds(model)
 
 
 def _create(method: str, parameters: dict[str, Any]) -> Any:

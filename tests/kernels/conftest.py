@@ -9,7 +9,8 @@ from gossamer.kernels import native
 def face(request, monkeypatch):
     """Every way in which a packed matrix can be multiplied on this machine, the torch reference first."""
     if request.param == "reference":
-        monkeypatch.setattr("gossamer.kernels.matrix.available", lambda: False)
+        for module in ("matrix", "channel_products", "gated_feedforward", "histogram"):
+            monkeypatch.setattr(f"gossamer.kernels.{module}.available", lambda: False)
         yield request.param
     else:
         with native.using(request.param):

@@ -192,3 +192,9 @@ def test_what_cannot_be_packed_or_multiplied_is_refused_by_name():
             matrix.linear(x)
     with pytest.raises(ConfigurationError, match="bias"):
         matrix.linear(torch.zeros(100), torch.zeros(4))
+
+
+def test_a_matrix_without_columns_gives_its_bias():
+    bias = torch.tensor([1.0, -2.0, 3.0])
+    matrix = DenseMatrix.from_dense(torch.zeros(3, 0))
+    assert torch.equal(matrix.linear(torch.zeros(2, 0), bias), bias.expand(2, 3))

@@ -11,8 +11,10 @@ from torch import Tensor
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.kernels.bitmask import BitmaskMatrix
 from gossamer.kernels.blocks import BlockMatrix, CsrMatrix, EightRowMatrix, FourRowMatrix, SixteenRowMatrix
+from gossamer.kernels.channels import ChannelMatrix, NibbleRowMatrix
 from gossamer.kernels.dense import DenseMatrix
 from gossamer.kernels.groups import GROUP, GroupMatrix
+from gossamer.kernels.integer import IntegerBitmaskMatrix, IntegerDenseMatrix
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.nibbles import NibbleMatrix
 from gossamer.kernels.nm import NMMatrix
@@ -27,6 +29,10 @@ MATRICES: dict[str, type[PackedMatrix]] = {
     "blocks8": EightRowMatrix,
     "blocks16": SixteenRowMatrix,
     "nm": NMMatrix,
+    "channels": ChannelMatrix,
+    "nibble_rows": NibbleRowMatrix,
+    "integer_dense": IntegerDenseMatrix,
+    "integer_bitmask": IntegerBitmaskMatrix,
 }
 #: every name that a part of some kind of matrix has
 PARTS = ("bits", "values", "starts", "scales", "places", "words", "zeros", "offsets", "pattern")
@@ -50,13 +56,17 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
         ``dense`` keeps every weight, ``bitmask`` those that are not zero, ``groups`` the 1×16 groups that are not
         wholly zero, ``nibbles`` every weight in four bits, ``csr`` the weights that are not zero with their columns,
         ``blocks4``, ``blocks8`` and ``blocks16`` the blocks of so many rows and one column that are not wholly zero,
-        ``nm`` the N of every M adjacent weights of a row that the weight itself shows.
+        ``nm`` the N of every M adjacent weights of a row that the weight itself shows, ``channels`` every weight, one
+        input channel after the other, and ``nibble_rows`` every weight in four bits, row after row. ``integer_dense``
+        and ``integer_bitmask`` are ``dense`` and ``bitmask`` in int8 that round their inputs to int8 as well.
     format
-        What a value is, such as ``bfloat16`` or ``int8``; by default the weight's dtype, and ``int4`` for ``groups``
-        and ``nibbles``, which know no other.
+        What a value is, such as ``bfloat16`` or ``int8``; by default the weight's dtype, ``int4`` for ``groups``,
+        ``nibbles`` and ``nibble_rows``, and ``int8`` for ``integer_dense`` and ``integer_bitmask``: these five know no
+        other.
     group
-        Columns that share a scale: for ``dense``, ``bitmask`` and ``nm`` by default a whole row, for ``nibbles`` 32.
-        Groups always have 16, and ``csr`` and blocks whole rows.
+        Columns that share a scale: for ``dense``, ``bitmask`` and ``nm`` by default a whole row, for ``nibbles`` and
+        ``nibble_rows`` 32. Groups always have 16, and ``csr`` and blocks whole rows. For ``channels`` in ``int4``
+        outputs of one channel, 32 by default.
 
     Raises
     ------
@@ -67,7 +77,7 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
     """
     if kind not in MATRICES:
         raise ConfigurationError(f"kind is {kind!r}; it must be one of {', '.join(MATRICES)}")
-    if kind in ("dense", "bitmask", "nm"):
+    if kind in ("dense", "bitmask", "nm", "channels", "integer_dense", "integer_bitmask"):
         return MATRICES[kind].from_dense(weight, format, group=group)  # type: ignore[attr-defined]
     if issubclass(MATRICES[kind], BlockMatrix):
         if group is not None:
@@ -77,6 +87,8 @@ def pack(weight: Tensor, kind: str = "bitmask", format: str | None = None, group
         raise ConfigurationError(f"format is {format!r}; {kind} are always int4")
     if kind == "nibbles":
         return NibbleMatrix.from_dense(weight, _NIBBLE_GROUP if group is None else group)
+    if kind == "nibble_rows":
+        return NibbleRowMatrix.from_dense(weight, group)
     if group not in (None, GROUP):
         raise ConfigurationError(f"group is {group}; groups have {GROUP} columns")
     return GroupMatrix.from_dense(weight)
@@ -116,7 +128,7 @@ def rebuild(name: str, about: Mapping[str, Any], parts: Mapping[str, Tensor]) ->
     kind = MATRICES.get(about["kind"])
     if kind is None:
         raise CheckpointError(f"{name}: its kind is {about['kind']!r}; known are {', '.join(MATRICES)}")
-    if kind in (GroupMatrix, NibbleMatrix) and about["format"] != "int4":
+    if kind in (GroupMatrix, NibbleMatrix, NibbleRowMatrix) and about["format"] != "int4":
         raise CheckpointError(f"{name}: {about['kind']} are int4, and its format is {about['format']!r}")
     fields = kind.__dataclass_fields__  # type: ignore[attr-defined]
     options = {key: about[key] for key in ("format", "group") if key in fields and fields[key].init}

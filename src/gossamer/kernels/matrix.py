@@ -34,6 +34,11 @@ def without_rounding() -> Iterator[None]:
         _rounding.reset(token)
 
 
+def rounding() -> bool:
+    """Whether products may round inputs: not within :func:`without_rounding`."""
+    return _rounding.get()
+
+
 @dataclass(frozen=True)
 class Call:
     """Addresses and sizes of one product, as the compiled kernels take them; keeps the tensors alive."""
@@ -70,6 +75,8 @@ class PackedMatrix(ABC):
 
     shape: tuple[int, int]
     format: str
+    #: what few vectors are multiplied as: ``float``, or ``int8`` where whoever packed the matrix has chosen that
+    activations: ClassVar[str] = "float"
     #: vectors from which on rows are expanded and multiplied by the dense unit
     many: ClassVar[int] = 24
 
@@ -185,10 +192,11 @@ class PackedMatrix(ABC):
 
     def _fill(self, outputs: Tensor, inputs: Tensor, bias: Tensor | None, threads: int) -> None:
         exact = not _rounding.get() and self.rounds(len(inputs))
-        if available() and len(inputs) < self.many and not exact:
+        rows, columns = self.shape
+        # kernels divide their work by the length of a row
+        if available() and columns and len(inputs) < self.many and not exact:
             self._multiply(Call(inputs, bias, outputs), threads)
             return
-        rows, columns = self.shape
         step = max(1, _TILE // max(1, columns))
         wide = inputs.float()
         for first in range(0, rows, step):
@@ -213,12 +221,32 @@ def round_inputs(x: Tensor) -> Tensor:
     Tensor
         The same shape, float32.
     """
+    codes, scales = rounded_codes(x)
+    return (codes.float() * scales.repeat_interleave(_ROUNDED, 1))[:, : x.shape[1]]
+
+
+def rounded_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round vectors to eight bits, with a scale for each 32 columns.
+
+    Parameters
+    ----------
+    x
+        ``(vectors, columns)``.
+
+    Returns
+    -------
+    Tensor
+        ``(vectors, columns up to a multiple of 32)`` int8, −127 … 127; zeros behind the last column.
+    Tensor
+        ``(vectors, ⌈columns / 32⌉)`` float32; NaN where one of the 32 is infinite or NaN.
+    """
     count, columns = x.shape
     blocks = torch.nn.functional.pad(x.float(), (0, -columns % _ROUNDED)).view(count, -(-columns // _ROUNDED), _ROUNDED)
     most = blocks.abs().amax(2, keepdim=True) if blocks.numel() else blocks[:, :, :1]
     # a number over a tensor would be a product with the reciprocal, rounded twice
     codes = torch.round(blocks * torch.where(most > 1e-30, torch.full_like(most, 127.0) / most, 0.0))
-    return (codes * (most / 127)).flatten(1)[:, :columns]
+    scales = torch.where(torch.isfinite(most), most / 127, torch.nan)
+    return codes.nan_to_num_(0, 0, 0).to(torch.int8).flatten(1), scales.flatten(1)
 
 
 def check_weight(weight: Tensor, format: str, formats: Sequence[str], whole: bool) -> None:

@@ -90,13 +90,13 @@ class NibbleMatrix(PackedMatrix):
         rows, columns = weight.shape
         runs = -(-columns // group)
         step = max(1, _AT_ONCE // max(1, runs * group))
-        search = _with_offset if offsets else _without_offset
+        search = _with_offset if offsets else without_offset
         parts = []
         for first in range(0, rows, step):
             part = weight[first : first + step].detach().cpu().float()
             if not torch.isfinite(part).all():
                 raise NonFiniteError("a weight is NaN or infinite and has no four-bit value; look where it was made")
-            parts.append(search(_grouped(part, group)))
+            parts.append(search(grouped(part, group)))
         if not parts:
             parts.append(search(torch.zeros(0, runs, group)))
         scales, begins, codes = (torch.cat(pieces) for pieces in zip(*parts))
@@ -176,7 +176,7 @@ def _rows(panels: Tensor) -> Tensor:
     return panels.movedim(-1, 1).flatten(0, 1)
 
 
-def _grouped(weight: Tensor, group: int) -> Tensor:
+def grouped(weight: Tensor, group: int) -> Tensor:
     """``(rows, groups, group)``; the last group is filled up with its last weight, which changes no grid."""
     rows, columns = weight.shape
     missing = -columns % group
@@ -194,7 +194,7 @@ def _with_offset(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scale.squeeze(2), begin.squeeze(2), codes
 
 
-def _without_offset(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def without_offset(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scales and codes on −8 … 7, the weight of largest magnitude at one of the ends or a little beyond it."""
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     extreme = torch.where(high > -low, high, low)

@@ -147,6 +147,7 @@ def candidates(
     density: float = 1.0,
     block: int = 1,
     pattern: NM | None = None,
+    activations: str = "float",
 ) -> list[Storage]:
     """Return every way to keep a weight in one of the formats; what torch does itself comes first.
 
@@ -166,6 +167,8 @@ def candidates(
         Height of the blocks of one column that the weight is made of; from four on, storing these is a way as well.
     pattern
         N:M that the weight follows; where there is one, storing N of every M is a way as well.
+    activations
+        ``int8`` allows weights in int8 to round their inputs to int8: see :mod:`gossamer.kernels.integer`.
 
     Raises
     ------
@@ -186,6 +189,8 @@ def candidates(
         else:
             found.append(Storage("dense", format, grouped))
         found.append(Storage("bitmask", format, grouped))
+        if format == activations == "int8" and offers("integer_dense_linear"):
+            found += [Storage(kind, format, grouped) for kind in ("integer_dense", "integer_bitmask")]
         if pattern is not None and format in NM_FORMATS and offers("nm_linear"):
             found.append(Storage("nm", format, grouped))
         if format in BLOCK_FORMATS and grouped is None:

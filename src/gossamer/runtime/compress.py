@@ -23,6 +23,7 @@ from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 HEADS = ("int8", "int4", "bfloat16", "keep")
+ACTIVATIONS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class LayerChoice:
     before: int
     after: int
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What holds for all layers: see :func:`compress`."""
+
+    group: int | None
+    activations: str
+    batch: int
 
 
 @dataclass
@@ -95,6 +105,7 @@ def compress(
     *,
     head: str = "int8",
     group: int | None = None,
+    activations: str = "float",
     batch: int = 1,
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
@@ -114,6 +125,9 @@ def compress(
         ``bfloat16`` or ``keep``. Where the head is tied to the embedding, both then share one packed matrix.
     group
         For whole numbers: columns that share a scale, a multiple of 64; by default a whole row.
+    activations
+        ``int8`` lets layers in int8 round the vectors that they multiply to int8 as well, where that is measured to be
+        faster; ``float`` multiplies them as they are. Weights in four bits round them in either case.
     batch
         Vectors that layers see at a time, in the case that shall be fast.
     include, exclude
@@ -133,7 +147,7 @@ def compress(
     TargetError
         If the model has no linear layer that matches.
     ConfigurationError
-        If a format is unknown, or a layer is not on the CPU or of another dtype.
+        If a format is unknown or does not fit `activations`, or a layer is not on the CPU or of another dtype.
 
     Examples
     --------
@@ -141,35 +155,43 @@ def compress(
     >>> gossamer.prune(loaded.model, "wanda", sparsity=0.7, calibration=batches)  # doctest: +SKIP
     >>> print(gossamer.compress(loaded.model))  # doctest: +SKIP
     """
-    check_formats(format, head)
+    check_formats(format, head, activations)
     chosen = Choices() if choices is None else choices
     layers = _linear_layers(model, tuple(include), tuple(exclude))
     output = _output_head(model)
     settings = {"format": format or "as they are", "head": head, "group": group, "batch": batch}
+    settings["activations"] = activations
+    asked = Asked(group, activations, batch)
     report = CompressionReport(settings=settings)
     for name, layer in track(list(layers.items()), "choosing kernels", enabled=progress):
         if layer is output:
             continue
-        report.layers.append(_replace(model, name, layer, format, group, chosen, batch))
+        report.layers.append(_replace(model, name, layer, format, asked, chosen))
     name = next((name for name, layer in layers.items() if layer is output), None)
     if name is not None and output is not None:
         wanted = None if head == "keep" else head
-        report.layers.append(_replace(model, name, output, wanted, group, chosen, batch))
+        report.layers.append(_replace(model, name, output, wanted, asked, chosen))
     return report
 
 
-def check_formats(format: str | None, head: str) -> None:
-    """Check what weights and the head shall become.
+def check_formats(format: str | None, head: str, activations: str = "float") -> None:
+    """Check what weights, the head and the vectors between them shall become.
 
     Raises
     ------
     ConfigurationError
-        If one of the two is unknown.
+        If one of them is unknown, or activations in int8 would meet no weights in whole numbers.
     """
     if format is not None and format not in FORMATS:
         raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     if head not in HEADS:
         raise ConfigurationError(f"head is {head!r}; it must be one of {', '.join(HEADS)}")
+    if activations not in ACTIVATIONS:
+        raise ConfigurationError(f"activations is {activations!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    if activations == "int8" and not {format, head} & {"int8", "int4"}:
+        raise ConfigurationError(
+            f"activations is 'int8', and weights are {format or 'as they are'}, the head {head!r}; ask for int8 in one"
+        )
 
 
 def _linear_layers(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Linear]:
@@ -204,11 +226,11 @@ def _case(weight: Tensor, batch: int) -> Case:
     return Case(rows, columns, density, weight.dtype, batch, group_density(weight), block, pattern)
 
 
-def _storages(weight: Tensor, case: Case, format: str | None, group: int | None) -> list[Storage]:
+def _storages(weight: Tensor, case: Case, format: str | None, asked: Asked) -> list[Storage]:
     """What a weight may be kept as, given what its values may become."""
     zeros = (case.groups, case.density, case.block, case.pattern)
     if format is not None:
-        return candidates([format], case.dtype, group, *zeros)
+        return candidates([format], case.dtype, asked.group, *zeros, asked.activations)
     own = str(case.dtype).removeprefix("torch.")
     # a weight that bfloat16 can hold loses nothing there
     exact = case.dtype == torch.float32 and torch.equal(weight, weight.bfloat16().float())
@@ -228,13 +250,12 @@ def _replace(
     name: str,
     layer: nn.Linear,
     format: str | None,
-    group: int | None,
+    asked: Asked,
     choices: Choices,
-    batch: int,
 ) -> LayerChoice:
     weight = layer.weight.detach()
-    case = _case(weight, batch)
-    storages = _storages(weight, case, format, group)
+    case = _case(weight, asked.batch)
+    storages = _storages(weight, case, format, asked)
     seconds = choices.seconds(case, storages)
     best = fastest(seconds)
     before = after = weight.numel() * weight.element_size()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +18,23 @@ from gossamer.runtime.choice import Choices
 from gossamer.runtime.compress import CompressionReport, check_formats, compress
 from gossamer.runtime.generation import Generation, Sampling, generate
 from gossamer.runtime.program import DecodeProgram
+from gossamer.runtime.thresholds import Thresholds, lay_out_
 
 FORMATS = ("off", "exact", "bfloat16", "int8", "int4")
 _CONTEXT = 2048
 
 
-def check_engine(format: str, head: str) -> None:
+def check_engine(format: str, head: str, activations: str = "float") -> None:
     """Check the settings of an engine, before a model is loaded for it.
 
     Raises
     ------
     ConfigurationError
-        If one of the two is unknown.
+        If one of them is unknown, or activations in int8 would meet no weights in whole numbers.
     """
     if format not in FORMATS:
         raise ConfigurationError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
-    check_formats(None, head)
+    check_formats(None if format in ("off", "exact") else format, head, activations)
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Engine:
         Why there is no program.
     report
         What became of every layer, or None if nothing was compressed.
+    thresholds
+        Sizes below which activations count as zero, or None.
     """
 
     model: nn.Module
@@ -56,6 +60,7 @@ class Engine:
     program: DecodeProgram | None = None
     reason: str | None = None
     report: CompressionReport | None = None
+    thresholds: Thresholds | None = None
 
     @classmethod
     def of(
@@ -65,9 +70,11 @@ class Engine:
         format: str = "exact",
         head: str = "int8",
         group: int | None = None,
+        activations: str = "float",
         context: int = _CONTEXT,
         choices: Choices | None = None,
         progress: bool = True,
+        thresholds: Thresholds | None = None,
     ) -> Engine:
         """Compress a model in place and compile it.
 
@@ -79,18 +86,23 @@ class Engine:
             Its tokenizer, for :meth:`write`.
         format
             What weights become: ``exact`` keeps them bit for bit, ``off`` leaves the model and its speed as they are.
-        head, group, choices, progress
+        head, group, activations, choices, progress
             As in :func:`~gossamer.runtime.compress.compress`.
         context
             Most tokens of a text.
+        thresholds
+            Of inputs and gates, as a method of activation sparsity has found them. The layers that they belong to are
+            stored channel by channel. Where no program runs the model, they hold in the model itself.
 
         Raises
         ------
         ConfigurationError
-            If `format` or `head` is unknown.
+            If `format`, `head` or `activations` is unknown, or they do not fit each other.
         """
-        check_engine(format, head)
-        engine = cls(model, tokenizer)
+        check_engine(format, head, activations)
+        if thresholds is not None:
+            thresholds.check(model)
+        engine = cls(model, tokenizer, thresholds=thresholds)
         if format == "off":
             engine.reason = "it was asked to be left as it is"
             return engine
@@ -99,9 +111,18 @@ class Engine:
             return engine
         if any(type(module) is nn.Linear for module in model.modules()):
             wanted = None if format == "exact" else format
-            engine.report = compress(model, wanted, head=head, group=group, choices=choices, progress=progress)
+            engine.report = compress(
+                model,
+                wanted,
+                head=head,
+                group=group,
+                activations=activations,
+                exclude=[] if thresholds is None else lay_out_(model, thresholds, wanted),
+                choices=choices,
+                progress=progress,
+            )
         try:
-            engine.program = DecodeProgram.of(model, context)
+            engine.program = DecodeProgram.of(model, context, thresholds=thresholds)
         except ModelError as error:
             engine.reason = str(error)
         return engine
@@ -115,6 +136,15 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         return bytes_in_memory(self.model)
+
+    @contextmanager
+    def _silencing(self) -> Iterator[None]:
+        """Let thresholds hold in the model itself, where no program knows them."""
+        if self.thresholds is None or self.program is not None:
+            yield
+            return
+        with self.thresholds.holding(self.model):
+            yield
 
     def write(
         self,
@@ -159,7 +189,8 @@ class Engine:
                 shown = text
 
         stop = end_tokens(self.model, self.tokenizer)
-        found = generate(self.program or self.model, ids, new_tokens, sampling, stop, tell)
+        with self._silencing():
+            found = generate(self.program or self.model, ids, new_tokens, sampling, stop, tell)
         text = self.tokenizer.decode(found.tokens, skip_special_tokens=True)
         if on_text is not None and len(text) > len(shown):
             on_text(text[len(shown) :])
@@ -177,7 +208,8 @@ class Engine:
         """
         program = self.program
         if program is None:
-            return generation_speed(self.model, self.tokenizer, prompt_tokens, new_tokens, repeats, warmup)
+            with self._silencing():
+                return generation_speed(self.model, self.tokenizer, prompt_tokens, new_tokens, repeats, warmup)
         prompt = prompt_ids(self.model, self.tokenizer, prompt_tokens)
 
         def run() -> tuple[float, float]:

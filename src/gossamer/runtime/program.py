@@ -18,10 +18,19 @@ from gossamer.errors import ConfigurationError, ModelError
 from gossamer.kernels.matrix import without_rounding
 from gossamer.kernels.native import VALUE_CODES, available, native, why_not
 from gossamer.runtime.recognition import LayerParts, ModelParts, NormParts, recognise
-from gossamer.runtime.weights import Pack, StoredWeight, describe_module
+from gossamer.runtime.thresholds import Thresholds
+from gossamer.runtime.weights import (
+    CHANNELS,
+    DENSE,
+    NIBBLE_ROWS,
+    Pack,
+    StoredWeight,
+    describe_channels,
+    describe_module,
+    layer_problem,
+)
 
 _SPAN = 64  # a cache holds a multiple of these positions
-_LANES = 16
 _PROBE, _PROBE_STEPS = 24, 2
 #: largest norm of the difference of logits, relative to that of the logits around their mean, that rounding explains
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
@@ -38,6 +47,18 @@ class DecodeProgram:
         Positions that it can be used for.
     pack
         ``(name, weight) -> matrix`` for plain layers, or None for those that stay as they are.
+    thresholds
+        Sizes below which activations count as zero, or None.
+
+    Attributes
+    ----------
+    nbytes
+        Of all weights.
+    head_bytes
+        Of the output head.
+    dense_share
+        Of the bytes of weights that a token reads where every activation is live, the head included, those that it
+        reads in any case: 1 without thresholds.
 
     Raises
     ------
@@ -45,12 +66,17 @@ class DecodeProgram:
         If shapes do not fit together, or a weight is in no storage that there are kernels for.
     """
 
-    def __init__(self, parts: ModelParts, context: int, pack: Pack | None = None):
-        self.context = context
+    def __init__(self, parts: ModelParts, context: int, pack: Pack | None = None, thresholds: Thresholds | None = None):
+        self.context, self.thresholds = context, thresholds
         self._kept: list[Any] = [parts.rotations]
         shared: dict[int, StoredWeight] = {}
 
         def stored(module: nn.Module, name: str) -> StoredWeight:
+            limits = None if thresholds is None else thresholds.inputs.get(name)
+            block, _, projection = name.rpartition(".")
+            behind = thresholds is not None and projection == "down_proj" and block in thresholds.gates
+            if limits is not None or behind:
+                return shared.setdefault(id(module), describe_channels(module, name, limits, pack))
             source = getattr(module, "weight", None) if isinstance(module, nn.Linear | nn.Embedding) else None
             key = id(module) if source is None else id(source)
             if key not in shared:
@@ -64,8 +90,22 @@ class DecodeProgram:
                 f"the head is {head.rows} × {head.columns}, the embedding {embedding.rows} × {embedding.columns}"
             )
         self.vocabulary, self.hidden = head.rows, head.columns
-        layers = [self._layer(layer, parts, stored) for layer in parts.layers]
-        self._kept += [list(shared.values()), parts]
+        if embedding.kind in (CHANNELS, NIBBLE_ROWS):
+            raise ModelError("the embedding is not stored row after row; keep it dense, for tokens are rows of it")
+        read = [head.nbytes]
+        partly = 0
+
+        def layer_of(layer: LayerParts) -> dict[str, Any]:
+            nonlocal partly
+            weights, about = self._layer(layer, parts, stored, thresholds)
+            read.extend(weight.nbytes for weight in weights.values())
+            in_part = {role for role, weight in weights.items() if weight.limits is not None}
+            in_part |= {"up", "down"} if about["gate_limits"] else set()
+            partly += sum(weights[role].nbytes for role in in_part)
+            return about
+
+        layers = [layer_of(layer) for layer in parts.layers]
+        self._kept += [list(shared.values()), parts, thresholds]
         self._native = native().Decoder(
             embedding.arguments(),
             parts.embedding_scale,
@@ -76,9 +116,17 @@ class DecodeProgram:
         )
         self.nbytes = sum(weight.nbytes for weight in shared.values())
         self.head_bytes = head.nbytes
+        self.dense_share = 1 - partly / sum(read)
 
     @classmethod
-    def of(cls, model: nn.Module, context: int = 2048, pack: Pack | None = None, verify: bool = True) -> DecodeProgram:
+    def of(
+        cls,
+        model: nn.Module,
+        context: int = 2048,
+        pack: Pack | None = None,
+        verify: bool = True,
+        thresholds: Thresholds | None = None,
+    ) -> DecodeProgram:
         """Read a model, and make sure that the program computes the same.
 
         Parameters
@@ -92,9 +140,14 @@ class DecodeProgram:
             ``(name, weight) -> matrix`` for layers that are not packed; the comparison is made before.
         verify
             Whether to compare; it takes two passes over a short random text.
+        thresholds
+            Of inputs and gates; the comparison is made without them. A weight that
+            :func:`~gossamer.runtime.thresholds.lay_out_` has not laid by channels before is copied.
 
         Raises
         ------
+        ConfigurationError
+            If `context` is below 1, or the thresholds are for another model.
         ModelError
             If there are no compiled kernels, the model is built of other parts, or the two differ by more than
             :data:`TOLERANCES`. The caller then runs the model itself.
@@ -103,20 +156,26 @@ class DecodeProgram:
             raise ModelError(f"there are no compiled kernels ({why_not()}); run the model through Hugging Face")
         if not isinstance(context, int) or context < 1:
             raise ConfigurationError(f"context is {context!r}; it must be an integer of at least 1")
+        if thresholds is not None:
+            thresholds.check(model)
         parts = recognise(model, max(context, _PROBE + _PROBE_STEPS))
         program = cls(parts, max(context, _PROBE + _PROBE_STEPS))
         if verify:
             program.verify(model)
-        if pack is not None:
-            program = cls(parts, context, pack)
+        if pack is not None or thresholds is not None:
+            program = cls(parts, context, pack, thresholds)
         program.context = context
         return program
 
     def _layer(
-        self, layer: LayerParts, parts: ModelParts, stored: Callable[[nn.Module, str], StoredWeight]
-    ) -> dict[str, Any]:
+        self,
+        layer: LayerParts,
+        parts: ModelParts,
+        stored: Callable[[nn.Module, str], StoredWeight],
+        thresholds: Thresholds | None,
+    ) -> tuple[dict[str, StoredWeight], dict[str, Any]]:
         weights = {role: stored(module, layer.names[role]) for role, module in layer.modules.items()}
-        problem = _layer_problem(weights, layer.dim, self.hidden)
+        problem = layer_problem(weights, layer.dim, self.hidden)
         if problem:
             raise ModelError(
                 f"{layer.names['query']} and its neighbours: {problem}; run the model through Hugging Face"
@@ -126,7 +185,15 @@ class DecodeProgram:
             raise ModelError(
                 f"rotations of {cosines.shape[1]} of {layer.dim} numbers; run the model through Hugging Face"
             )
-        return {
+        gates = None
+        if thresholds is not None:
+            gates = thresholds.gates.get(layer.names["gate"].rpartition(".")[0])
+        if gates is not None and weights["up"].kind not in (DENSE, NIBBLE_ROWS):
+            raise ModelError(
+                f"{layer.names['up']} is in a storage whose single rows cannot be read, and its block has thresholds "
+                f"for gates; keep it dense"
+            )
+        return weights, {
             **{role: weight.arguments() for role, weight in weights.items()},
             **{role: () if norm is None else _norm_arguments(norm) for role, norm in layer.norms.items()},
             "heads": weights["query"].rows // layer.dim,
@@ -139,6 +206,7 @@ class DecodeProgram:
             "sines": sines.data_ptr(),
             "rotary": cosines.shape[1],
             "activation": layer.activation,
+            "gate_limits": 0 if gates is None else gates.data_ptr(),
         }
 
     def session(self, capacity: int | None = None, dtype: torch.dtype = torch.float32) -> Session:
@@ -236,7 +304,13 @@ class Session:
         """Bytes of keys and values."""
         return self._cache.numel()
 
-    def feed(self, tokens: Sequence[int] | Tensor, every: bool = False, threads: int | None = None) -> Tensor:
+    def feed(
+        self,
+        tokens: Sequence[int] | Tensor,
+        every: bool = False,
+        threads: int | None = None,
+        sparse: bool | None = None,
+    ) -> Tensor:
         """Append tokens.
 
         Parameters
@@ -247,6 +321,9 @@ class Session:
             Whether logits of all of these tokens are wanted, and not only of the last.
         threads
             By default as many as torch uses. The result does not depend on it.
+        sparse
+            Whether thresholds of activations hold, if the program has any; by default for one token, and for more of
+            them if :attr:`Thresholds.prompt` says so.
 
         Returns
         -------
@@ -258,10 +335,15 @@ class Session:
         ConfigurationError
             If there is no token, one is not in the vocabulary, or they do not fit into the cache.
         """
-        return self._feed(tokens, every, threads)
+        return self._feed(tokens, every, threads, sparse=sparse)
 
     def _feed(
-        self, tokens: Sequence[int] | Tensor, every: bool = False, threads: int | None = None, exact: bool = False
+        self,
+        tokens: Sequence[int] | Tensor,
+        every: bool = False,
+        threads: int | None = None,
+        exact: bool = False,
+        sparse: bool | None = None,
     ) -> Tensor:
         """As :meth:`feed`; if `exact`, kernels for four-bit weights do not round their inputs."""
         ids = torch.as_tensor(tokens, dtype=torch.int64).contiguous()
@@ -276,6 +358,9 @@ class Session:
         if low < 0 or high >= self.program.vocabulary:
             raise ConfigurationError(f"token {low if low < 0 else high} is outside 0 … {self.program.vocabulary - 1}")
         logits = torch.empty(len(ids), self.program.vocabulary) if every else self._logits
+        thresholds = self.program.thresholds
+        if thresholds is not None:
+            self.program._native.limit(len(ids) == 1 or thresholds.prompt if sparse is None else sparse)
         self.best = self.program._native.step(
             ids.data_ptr(),
             len(ids),
@@ -312,26 +397,3 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def _norm_arguments(norm: NormParts) -> tuple[int, float]:
     return norm.weight.data_ptr(), norm.epsilon
-
-
-def _layer_problem(weights: dict[str, StoredWeight], dim: int, hidden: int) -> str | None:
-    """Say what does not fit together in one layer, if anything."""
-    rows = {role: weight.rows for role, weight in weights.items()}
-    columns = {role: weight.columns for role, weight in weights.items()}
-    if dim < _LANES or dim % _LANES:
-        return f"heads have {dim} numbers, which is no multiple of {_LANES}"
-    if rows["query"] % dim or rows["key"] % dim or not rows["key"] or rows["query"] % rows["key"]:
-        return f"{rows['query']} queries and {rows['key']} keys do not divide into heads of {dim}"
-    expected = {
-        "query": (rows["query"], hidden),
-        "key": (rows["key"], hidden),
-        "value": (rows["key"], hidden),
-        "output": (hidden, rows["query"]),
-        "gate": (rows["gate"], hidden),
-        "up": (rows["gate"], hidden),
-        "down": (hidden, rows["gate"]),
-    }
-    for role, shape in expected.items():
-        if (rows[role], columns[role]) != shape:
-            return f"{role} is {rows[role]} × {columns[role]} instead of {shape[0]} × {shape[1]}"
-    return None
