@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gossamer.core.schedules import Cosine, Cubic, Geometric, Ladder, Linear, OneShot, Sine
+from gossamer.core.schedules import (
+    Cosine,
+    Cubic,
+    Exponential,
+    Geometric,
+    Ladder,
+    Linear,
+    OneShot,
+    Sine,
+    SineStages,
+)
 from gossamer.errors import ConfigurationError
 
 ALL = (OneShot, Linear, Cubic, Cosine, Sine, Geometric, Ladder)
@@ -78,3 +88,40 @@ def test_a_ladder_of_as_many_rungs_as_steps_is_a_line():
 def test_impossible_schedules_are_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+def test_sine_stages_pass_the_points_of_the_paper():
+    stages = SineStages((5e-3, 5e-2, 5e-2, 2e-1, 2e-1), (6000, 10000, 12000, 16000, 16500), begin=5000)
+    assert [stages(step) for step in (0, 5000, 5001, 6000)] == [0, 0, 5e-3, 5e-3]
+    assert stages(8000) == pytest.approx((5e-3 + 5e-2) / 2)
+    assert [stages(step) for step in (10000, 11000, 12000)] == pytest.approx([5e-2] * 3)
+    assert stages(13000) == pytest.approx(5e-2 + 0.15 * (math.sin(-math.pi / 4) + 1) / 2)
+    assert [stages(step) for step in (16000, 16500, 99999)] == pytest.approx([2e-1] * 3)
+    values = [stages(step) for step in range(0, 17000, 50)]
+    assert all(after >= before for before, after in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize(
+    ("peaks", "steps", "begin"),
+    [
+        ((), (), 0),
+        ((1.0,), (2, 3), 0),
+        ((2.0, 1.0), (2, 3), 0),
+        ((1.0, 2.0), (3, 3), 0),
+        ((1.0,), (3,), 3),
+        ((-1.0,), (3,), 0),
+    ],
+)
+def test_stages_that_fall_or_stand_still_are_refused(peaks, steps, begin):
+    with pytest.raises(ConfigurationError):
+        SineStages(peaks, steps, begin)
+
+
+def test_an_exponential_schedule_has_equal_ratios():
+    schedule = Exponential(final=1e-7, end=10, initial=1e-2)
+    values = [schedule(step) for step in range(11)]
+    assert values[0] == 1e-2
+    assert values[-1] == 1e-7
+    assert [b / a for a, b in itertools.pairwise(values)] == pytest.approx([10**-0.5] * 10)
+    with pytest.raises(ConfigurationError, match="above 0"):
+        Exponential(final=0.0)

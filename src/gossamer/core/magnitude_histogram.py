@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer.errors import CalibrationError, NonFiniteError, check_sparsity
 
-_BINS = 1 << 15  # magnitudes have no sign bit
+_BINS = 1 << 16  # of which magnitudes, without a sign bit, fill the lower half
 _SHIFT = 16
 _INFINITE = 0x7F80  # the first bin that no finite value falls into
 _compiled: Callable[[Tensor, Tensor | None, Tensor], bool] | None = None

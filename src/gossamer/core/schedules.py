@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gossamer.errors import ConfigurationError
 
@@ -139,3 +141,86 @@ class Ladder(Schedule):
     def shape(self, progress: float) -> float:  # noqa: D102
         # a share such as 29/100 of 100 rungs must not fall short of 29 by a rounding error
         return math.floor(progress * self.rungs + 1e-9) / self.rungs
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """Equal ratios in equal times, from one positive value to another, such as a width that is annealed."""
+
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.initial > 0 and self.final > 0):
+            raise ConfigurationError(f"initial and final are {self.initial:g} and {self.final:g}; both must be above 0")
+
+    def __call__(self, step: int) -> float:
+        """Value at a step."""
+        if self.begin < step < self.end:
+            progress = (step - self.begin) / (self.end - self.begin)
+            return self.initial ** (1 - progress) * self.final**progress
+        return super().__call__(step)
+
+    def shape(self, progress: float) -> float:  # noqa: D102
+        return progress
+
+
+@dataclass(frozen=True)
+class SineStages:
+    """A factor that rises in stages, each half a sine wave long: gentle where a stage begins and where it ends.
+
+    Up to `begin` it is 0, then the first peak up to the first step. In every later stage, from step a to step b and
+    from peak p to peak q, it is ``p + η (q − p)`` with ``η = (sin(−π/2 + π (t − a)/(b − a)) + 1)/2``; two equal peaks
+    in a row make a stage that waits for the model to settle. From the last step on it is the last peak.
+
+    Song et al., 2024, "ProSparse", arXiv 2402.13516, algorithm 1.
+
+    Parameters
+    ----------
+    peaks
+        Values that the stages reach: at least 0, none below the one before.
+    steps
+        Where each stage ends, ever later.
+    begin
+        Steps before the first stage, in which the value is 0.
+
+    Raises
+    ------
+    ConfigurationError
+        If peaks fall, steps do not rise, or their numbers differ.
+
+    Examples
+    --------
+    >>> factor = SineStages(peaks=(0.5, 2.0), steps=(10, 20), begin=5)
+    >>> [factor(step) for step in (5, 6, 10, 15, 20, 99)]
+    [0.0, 0.5, 0.5, 1.25, 2.0, 2.0]
+    """
+
+    peaks: tuple[float, ...]
+    steps: tuple[int, ...]
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "peaks", tuple(self.peaks))
+        object.__setattr__(self, "steps", tuple(self.steps))
+        if not self.peaks or len(self.peaks) != len(self.steps):
+            raise ConfigurationError(
+                f"{len(self.peaks)} peaks and {len(self.steps)} steps; give one step for each peak"
+            )
+        if not all(math.isfinite(p) for p in self.peaks) or any(q < p for p, q in pairwise((0.0, *self.peaks))):
+            raise ConfigurationError(f"peaks are {self.peaks}; they must be finite, at least 0 and never fall")
+        if self.begin < 0 or any(b <= a for a, b in pairwise((self.begin, *self.steps))):
+            raise ConfigurationError(
+                f"steps are {self.steps} after a beginning at {self.begin}; every stage must end later than the last"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Value at a step."""
+        if step <= self.begin:
+            return 0.0
+        stage = bisect_left(self.steps, step)
+        if stage in (0, len(self.steps)):
+            return self.peaks[min(stage, len(self.peaks) - 1)]
+        progress = (step - self.steps[stage - 1]) / (self.steps[stage] - self.steps[stage - 1])
+        share = (1 + math.sin(math.pi * (progress - 0.5))) / 2
+        return self.peaks[stage - 1] + share * (self.peaks[stage] - self.peaks[stage - 1])

@@ -1,0 +1,117 @@
+"""Caches of keys and values that are rolled back, rewritten in place, and thinned out to some of their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from gossamer.errors import ConfigurationError
+
+_FIRST_CAPACITY = 256  # tokens
+
+
+class RewritableLayer(DynamicLayer):
+    """Keys and values of one layer in memory that is there beforehand.
+
+    New tokens are written behind the last one and cropped ones are forgotten, so that a token that is computed again
+    overwrites what was there, and no call copies what it has already.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._memory: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write tokens, ``(batch, heads, tokens, width)``, behind those that are there; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._memory is None or end > self._memory[0].shape[-2]:
+            self._grow(end, key_states, value_states)
+        views = []
+        for memory, states in zip(self._memory or (), (key_states, value_states)):
+            memory[..., start:end, :] = states
+            views.append(memory[..., :end, :])
+        self.keys, self.values = views
+        return self.keys, self.values
+
+    def _grow(self, needed: int, *states: Tensor) -> None:
+        capacity = max(_FIRST_CAPACITY, 2 * needed)
+        grown = [state.new_empty(*state.shape[:-2], capacity, state.shape[-1]) for state in states]
+        for memory, old in zip(grown, (self.keys, self.values)):
+            if old is not None and old.numel():
+                memory[..., : old.shape[-2], :] = old
+        self._memory = (grown[0], grown[1])
+
+
+def rewritable(cache: Any) -> Any:
+    """Return the cache, which can now be cropped and thinned out; an empty one is given memory beforehand.
+
+    Parameters
+    ----------
+    cache
+        A ``DynamicCache`` of transformers, all of whose layers keep all tokens.
+
+    Raises
+    ------
+    ConfigurationError
+        If a layer keeps a sliding window, is quantised, or is of a kind that cannot go back to an earlier state.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        raise ConfigurationError(f"past_key_values is a {type(cache).__name__}; rollback needs a DynamicCache")
+    for number, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, RewritableLayer):
+            raise ConfigurationError(
+                f"layer {number} of the cache is a {type(layer).__name__}, which cannot be cropped to any earlier "
+                f"token; use a model without sliding windows and a plain DynamicCache"
+            )
+    if not cache.get_seq_length():
+        cache.layers = [RewritableLayer() for _ in layers]
+        if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+            cache.layer_class_to_replicate = RewritableLayer
+    return cache
+
+
+def crop_to(cache: Any, tokens: int) -> None:
+    """Forget all but the first `tokens` of a cache that :func:`rewritable` has returned."""
+    surplus = cache.get_seq_length() - tokens
+    if surplus > 0:
+        cache.crop(-surplus)
+
+
+def keep_positions(cache: Any, index: Tensor, layers: slice = slice(None)) -> None:
+    """Drop the entries of all other tokens from layers of a cache; the rest keep their order and their positions.
+
+    Parameters
+    ----------
+    cache
+        That :func:`rewritable` has returned.
+    index
+        Entries to keep, ``(n,)`` int64, ascending.
+    layers
+        Which layers; all by default. A model can go on only when all have equally many entries.
+    """
+    for layer in cache.layers[layers]:
+        kept = [states.index_select(-2, index.to(states.device)) for states in (layer.keys, layer.values)]
+        if isinstance(layer, RewritableLayer):
+            layer.keys = layer.values = None
+            layer._memory = None
+        layer.keys, layer.values = kept
+
+
+def entries(cache: Any, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    """Copies of keys and values of the tokens from `start` to `end`, a pair for each layer."""
+    return [(layer.keys[..., start:end, :].clone(), layer.values[..., start:end, :].clone()) for layer in cache.layers]
+
+
+def overwrite(cache: Any, start: int, stored: list[tuple[Tensor, Tensor]], tokens: int) -> None:
+    """Write the first `tokens` of what :func:`entries` returned back into the cache, from `start` on."""
+    with torch.no_grad():
+        for layer, (keys, values) in zip(cache.layers, stored, strict=True):
+            layer.keys[..., start : start + tokens, :] = keys[..., :tokens, :]
+            layer.values[..., start : start + tokens, :] = values[..., :tokens, :]
