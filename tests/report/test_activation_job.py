@@ -59,6 +59,16 @@ def test_rules_of_a_rotated_model_say_so_and_refuse_another(source, tmp_path):
         install(gossamer.load(str(source[0]), dtype="float32").model, rules)
 
 
+def test_rules_can_be_written_with(source, tmp_path, monkeypatch, capsys):
+    job(source, tmp_path / "out", curve=()).run()
+    words = ["generate", source[0], "--activations", tmp_path / "out", "--prompt", "the whale", "--tokens", "3"]
+    monkeypatch.setattr("sys.argv", ["gossamer", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert "3 tokens" in capsys.readouterr().err
+
+
 def test_methods_that_do_something_else_are_refused_before_any_work(source, tmp_path):
     with pytest.raises(ConfigurationError, match="wanda acts after training"):
         job(source, tmp_path / "out", method="wanda").run()

@@ -19,7 +19,7 @@ from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Thre
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.measure.perplexity import perplexity
-from gossamer.models.activation_sites import InputSite, find_input_sites
+from gossamer.models.activation_sites import GateSite, InputSite, find_gate_sites, find_input_sites
 from gossamer.models.blocks import Batch
 
 Metric = Literal["cett", "top-k", "fat"]
@@ -90,7 +90,7 @@ class PPLSparsity:
     activation_ratio
         A, mean share of active neurons.
     per_layer
-        Name of a feed-forward layer's last matrix → its share of active neurons.
+        Name of a feed-forward layer's last matrix (of the layer, where gates decide) → its share of active neurons.
     rules
         What :func:`gossamer.activations.base.install` takes.
     exact_ratio
@@ -135,7 +135,7 @@ def ppl_p_sparsity(
         Price in percent.
     metric
         ``cett``, the paper's; or what it compares with: ``top-k``, the same number of neurons for all layers and
-        tokens by |x_i|, or ``fat``, one threshold on |x_i| for all layers.
+        tokens by the size of their gates, or ``fat``, one threshold on gates for all layers.
     tolerance
         Bracket of the setting at which bisection ends (of its logarithm for ``fat``).
     sampled
@@ -159,6 +159,7 @@ def ppl_p_sparsity(
     sites = find_input_sites(model, ["down"])
     samples = middle_activations(model, batches, sites, sampled, progress)
     wanted = sites if metric == "cett" else []
+    gates = find_gate_sites(model) if metric != "cett" else []
     truncations = {site.name: Truncation(samples[site.name], site.target.matrix()) for site in wanted}
     window = max(part.shape[1] for part in tokens)
 
@@ -171,7 +172,7 @@ def ppl_p_sparsity(
     known: dict[float, tuple[float, dict[str, float], ActivationRules]] = {}
 
     def ratio(setting: float) -> float:
-        rules = _rules(metric, setting, sites, truncations)
+        rules = _rules(metric, setting, sites, truncations, gates)
         value, realised = cost(rules)
         known[setting] = (value / dense, realised, rules)
         return value / dense
@@ -189,22 +190,29 @@ _BRACKETS: dict[str, tuple[float, float]] = {"cett": (0.0, 1.0), "top-k": (0.0, 
 
 
 def _rules(
-    metric: Metric, setting: float, sites: Sequence[InputSite], truncations: dict[str, Truncation]
+    metric: Metric,
+    setting: float,
+    sites: Sequence[InputSite],
+    truncations: dict[str, Truncation],
+    gates: Sequence[GateSite],
 ) -> ActivationRules:
-    inputs = {}
-    for site in sites:
-        selection: Selection
-        scale = None
-        if metric == "cett":
-            scale = column_norms(site.target.matrix())
-            selection = Threshold(truncations[site.name].threshold(setting))
-        elif metric == "top-k":
-            keep = max(1, round((1 - setting) * site.width))
-            selection = Everything() if keep == site.width else TopK(keep)
-        else:
-            selection = Threshold(10.0**setting)
-        inputs[site.name] = ChannelRule(selection, scale)
-    return ActivationRules(inputs, settings={"method": "ppl-p", "metric": metric, "setting": setting})
+    settings = {"method": "ppl-p", "metric": metric, "setting": setting}
+    if metric == "cett":
+        found = {
+            site.name: ChannelRule(
+                Threshold(truncations[site.name].threshold(setting)), column_norms(site.target.matrix())
+            )
+            for site in sites
+        }
+        return ActivationRules(found, settings=settings)
+
+    def selection(width: int) -> Selection:
+        if metric == "fat":
+            return Threshold(10.0**setting)
+        keep = max(1, round((1 - setting) * width))
+        return Everything() if keep == width else TopK(keep)
+
+    return ActivationRules({}, {gate.name: ChannelRule(selection(gate.width)) for gate in gates}, settings=settings)
 
 
 def middle_activations(

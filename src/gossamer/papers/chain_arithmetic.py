@@ -26,13 +26,14 @@ class Chains:
     modulus
         M.
     factors, summands
-        a is from 1 to `factors`, b from 1 to `summands`.
+        a is one of `factors`, b from 1 to `summands`. Multiplying by 1 and by 3 leads through (nearly) all numbers
+        modulo 31 before a chain repeats itself; with 2, say, it would after five, and could be copied.
     shown, asked
         Numbers of the chain in the prompt, and behind it.
     """
 
     modulus: int = 31
-    factors: int = 4
+    factors: tuple[int, ...] = (1, 3)
     summands: int = 8
     shown: int = 16
     asked: int = 48
@@ -40,7 +41,7 @@ class Chains:
     @property
     def vocabulary(self) -> int:
         """Number of tokens."""
-        return self.modulus + self.factors + self.summands
+        return self.modulus + len(self.factors) + self.summands
 
     @property
     def prompt(self) -> int:
@@ -49,9 +50,10 @@ class Chains:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Whole texts, ``(count, prompt + asked)`` int64."""
-        a = torch.randint(1, self.factors + 1, (count,), generator=generator)
+        which = torch.randint(len(self.factors), (count,), generator=generator)
+        a = torch.tensor(self.factors)[which]
         b = torch.randint(1, self.summands + 1, (count,), generator=generator)
-        columns = [self.modulus + a - 1, self.modulus + self.factors + b - 1]
+        columns = [self.modulus + which, self.modulus + len(self.factors) + b - 1]
         x = torch.randint(self.modulus, (count,), generator=generator)
         for _ in range(self.shown + self.asked):
             columns.append(x)

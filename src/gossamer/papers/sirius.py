@@ -41,7 +41,7 @@ QUICK: dict[str, Any] = {
     "shown": 16,
     "asked": 48,
     "prompts": 12,
-    "ablation_prompts": 3,
+    "ablation_prompts": 6,
     "kernel_size": 16,
     "ablations": {
         "no rewriting": {"rewrite": False},

@@ -27,7 +27,6 @@ LINES = {
     "CHESS, gates and q, o": ("chess", "chess and q, o"),
     "CATS, gates": ("chess", "cats"),
     "R-Sparse, α = 0.9": ("r-sparse", "alpha 0.9"),
-    "singular vectors only": ("r-sparse", "alpha 0.0"),
 }
 
 

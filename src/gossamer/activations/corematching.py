@@ -1,0 +1,325 @@
+"""CoreMatching: drop the tokens that do not use a prompt's neurons, and the neurons that its tokens do not use.
+
+Neurons that most tokens of a prompt activate are enough to decode with, and tokens whose neurons overlap these most
+are enough to keep. So each picks the other: at an early layer of the prompt the other image tokens leave the model and
+its cache, and afterwards the feed-forward layers shrink to the core neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.activations.core_sets import CoreNeurons, CoreTokens
+from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, real_tokens, run_generate
+from gossamer.core.registry import register
+from gossamer.errors import CalibrationError, ConfigurationError, ModelError
+from gossamer.measure.windows import accepted, evaluation_mode
+from gossamer.models.blocks import find_stacks
+from gossamer.models.feedforward import FeedForward
+from gossamer.models.feedforward_search import find_feed_forwards
+from gossamer.models.key_value_cache import keep_positions, rewritable
+from gossamer.models.sliced_feedforward import SlicedFeedForward, slice_gated_ffn
+
+Droppable = slice | Tensor | int
+
+
+@dataclass
+class CorePrompt:
+    """A prompt that has been read, thinned out.
+
+    Attributes
+    ----------
+    cache
+        Keys and values of the tokens that stayed, and of those that came since.
+    length
+        Tokens of the prompt; new ones go on from this position.
+    kept
+        Those that stayed, ``(n,)`` int64.
+    logits
+        After the last token, ``(vocabulary,)``.
+    neurons
+        A cut for each layer; empty if neurons are not pruned.
+    added
+        Tokens that came since.
+    """
+
+    cache: Any
+    length: int
+    kept: Tensor
+    logits: Tensor
+    neurons: list[SlicedFeedForward] = field(repr=False)
+    added: int = 0
+
+
+class CoreMatchingGenerator:
+    """Generation with core tokens and core neurons; see :class:`CoreMatching`, whose ``install`` makes it.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, with or without vision.
+    settings
+        What is kept.
+    image_slice
+        The tokens that may be dropped: a slice of the prompt, the id that stands for image tokens, or a mask. Here the
+        default for all prompts, and in :meth:`generate` for one.
+
+    Raises
+    ------
+    ModelError
+        If the model has no blocks, or a block without a feed-forward layer.
+    ConfigurationError
+        If the model has no such layer.
+    """
+
+    def __init__(self, model: nn.Module, settings: CoreMatching, image_slice: Droppable | None = None):
+        self.model, self.settings, self.image_slice = model, settings, image_slice
+        decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+        stacks = find_stacks(decoder)
+        if not stacks:
+            raise ModelError(f"{type(model).__name__} has no stack of blocks; tokens are dropped between blocks")
+        self.blocks = list(stacks[-1].blocks.values())
+        by_block = {layer.block: layer for layer in find_feed_forwards(decoder)}
+        missing = next((name for name in stacks[-1].blocks if name not in by_block), None)
+        if missing is not None:
+            raise ModelError(
+                f"block {missing!r} has no feed-forward layer, so its tokens and neurons cannot be matched"
+            )
+        self.layers: list[FeedForward] = [by_block[name] for name in stacks[-1].blocks]
+        count = len(self.blocks)
+        self.layer = count // 5 if settings.layer is None else settings.layer
+        if not 0 <= self.layer < count:
+            raise ConfigurationError(f"layer is {self.layer}; the model has layers 0 to {count - 1}")
+        self.prompt: CorePrompt | None = None
+
+    def generate(self, image_slice: Droppable | None = None, **inputs: Any) -> Tensor:
+        """Continue a prompt greedily, ``(1, tokens)``; arguments as of transformers' ``generate``.
+
+        Raises
+        ------
+        ConfigurationError
+            For more than one sequence, sampling, beams, or a cache that cannot be thinned out.
+        CalibrationError
+            If there is nothing that may be dropped.
+        """
+        before = self.image_slice
+        self.image_slice = before if image_slice is None else image_slice
+        try:
+            return run_generate(self.model, self.loop, inputs)
+        finally:
+            self.image_slice = before
+
+    def loop(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """The decoding loop, for ``model.generate(…, custom_generate=generator.loop)``."""
+        check_greedy(input_ids, generation_config, "CoreMatching")
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if rewritable(cache).get_seq_length():
+            raise ConfigurationError("the cache holds tokens already; a prompt is thinned out from its beginning")
+        ids = real_tokens(input_ids, mask, 0)
+        droppable = self.droppable(input_ids)
+        if ids.shape[1] < input_ids.shape[1]:
+            droppable = droppable[mask[0].bool().cpu()]  # type: ignore[index]
+        max_length = getattr(generation_config, "max_length", None) or input_ids.shape[1] + 20
+        text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length)
+        self.prompt = self.read(ids, droppable, cache=cache, **prompt_inputs(model_kwargs))
+        logits = self.prompt.logits
+        with self.sparse(self.prompt):
+            while not text.append([token := int(text.scores(logits, []).argmax())]):
+                logits = self.extend(self.prompt, torch.tensor([[token]], device=ids.device))[-1]
+        return text.ids
+
+    def droppable(self, input_ids: Tensor) -> Tensor:
+        """Which tokens of a prompt ``(1, tokens)`` may be dropped, ``(tokens,)`` bool."""
+        where = self.image_slice
+        marks = torch.zeros(input_ids.shape[1], dtype=torch.bool)
+        if isinstance(where, Tensor):
+            if where.numel() != len(marks):
+                raise ConfigurationError(f"image_slice marks {where.numel()} tokens of a prompt of {len(marks)}")
+            marks = where.flatten().bool().cpu()
+        elif isinstance(where, slice):
+            marks[where] = True
+        elif where is not None:
+            marks = (input_ids[0] == where).cpu()
+        if not marks.any():
+            raise CalibrationError(f"image_slice is {where!r}: no token of the prompt may be dropped; say which may be")
+        return marks
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor,
+        droppable: Tensor,
+        kept: Tensor | None = None,
+        cache: Any = None,
+        neurons: bool | None = None,
+        **model_inputs: Any,
+    ) -> CorePrompt:
+        """Read a prompt and thin it out.
+
+        Parameters
+        ----------
+        input_ids
+            ``(1, tokens)``.
+        droppable
+            ``(tokens,)`` bool.
+        kept
+            The tokens to keep, where something else than the core tokens is to be tried; the last must be among them.
+        cache
+            An empty one; by default a new ``DynamicCache``.
+        neurons
+            Whether to find core neurons; by default as the settings say.
+        **model_inputs
+            What else the model needs for the prompt, such as pixels.
+        """
+        from transformers import DynamicCache
+
+        length = input_ids.shape[1]
+        cache = rewritable(DynamicCache() if cache is None else cache)
+        wanted = self.settings.prune_neurons if neurons is None else neurons
+        chosen: dict[int, Tensor] = {}
+        with evaluation_mode(self.model), self._dropping(length, droppable, kept, chosen, wanted) as stays:
+            options = accepted(self.model, logits_to_keep=1)
+            output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options, **model_inputs)
+        keep_positions(cache, stays[0], slice(0, self.layer + 1))
+        cuts = [slice_gated_ffn(self.layers[i], index) for i, index in sorted(chosen.items())]
+        return CorePrompt(cache, length, stays[0], output.logits[0, -1], cuts)
+
+    @torch.no_grad()
+    def extend(self, prompt: CorePrompt, ids: Tensor) -> Tensor:
+        """Read tokens ``(1, n)`` behind a prompt, at the positions they would have had; logits ``(n, vocabulary)``."""
+        first = prompt.length + prompt.added
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
+        with evaluation_mode(self.model):
+            logits = self.model(
+                input_ids=ids, past_key_values=prompt.cache, use_cache=True, position_ids=positions
+            ).logits[0]
+        prompt.added += ids.shape[1]
+        prompt.logits = logits[-1]
+        return logits
+
+    @contextmanager
+    def sparse(self, prompt: CorePrompt) -> Iterator[None]:
+        """The feed-forward layers have the prompt's core neurons only, inside of the context."""
+        for cut in prompt.neurons:
+            cut.apply()
+        try:
+            yield
+        finally:
+            for cut in prompt.neurons:
+                cut.restore()
+
+    @contextmanager
+    def _dropping(
+        self, length: int, droppable: Tensor, kept: Tensor | None, chosen: dict[int, Tensor], neurons: bool
+    ) -> Iterator[list[Tensor]]:
+        """Hooks by which tokens leave behind a layer, and each layer's core neurons are found; yields what stays."""
+        stays: list[Tensor] = [] if kept is None else [_checked(kept, length)]
+        settings = self.settings
+
+        def look(number: int) -> Any:
+            def hook(module: nn.Module, args: tuple) -> None:
+                middle = args[0].reshape(-1, args[0].shape[-1])
+                if number == self.layer and not stays:
+                    stays.append(settings.tokens.select(middle, droppable, settings.neurons))
+                    _checked(stays[0], length)
+                if neurons:
+                    chosen[number] = settings.neurons.fit(middle)
+
+            return hook
+
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (_thinned(output[0], stays[0], length), *output[1:])
+            return _thinned(output, stays[0], length)
+
+        def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            rest = {
+                name: _thinned(value, stays[0], length) for name, value in kwargs.items() if name != "hidden_states"
+            }
+            return (*args[:1], *(_thinned(value, stays[0], length) for value in args[1:])), {**kwargs, **rest}
+
+        handles: list[Any] = [
+            layer.down.module.register_forward_pre_hook(look(number)) for number, layer in enumerate(self.layers)
+        ]
+        handles.append(self.blocks[self.layer].register_forward_hook(leave))
+        handles += [b.register_forward_pre_hook(follow, with_kwargs=True) for b in self.blocks[self.layer + 1 :]]
+        try:
+            yield stays
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@register(
+    "corematching",
+    paper="corematching",
+    when="at inference",
+    granularity="tokens",
+    needs_data=False,
+    criterion=("activation",),
+    allocation="measured",
+)
+@dataclass(kw_only=True)
+class CoreMatching:
+    """Drop image tokens and neurons by how they match [Wang et al., 2025, arXiv 2505.19235].
+
+    One layer early in the model decides on tokens. The others leave with their hidden states, so that later layers
+    never see them, and their keys and values leave the caches of the layers before; positions stay the original ones.
+    Tokens that come afterwards compute with each layer's core neurons only. Any long prompt of which a part may be
+    dropped takes the place of an image. Nothing is calibrated; everything is chosen by the prompt.
+
+    Parameters
+    ----------
+    neurons, tokens
+        How they are chosen.
+    layer
+        Behind which tokens leave; by default a fifth of the way, layer 6 of 32 as in the released code.
+    prune_neurons
+        False to drop tokens only.
+    """
+
+    neurons: CoreNeurons = field(default_factory=CoreNeurons)
+    tokens: CoreTokens = field(default_factory=CoreTokens)
+    layer: int | None = None
+    prune_neurons: bool = True
+
+    def install(self, model: nn.Module, image_slice: Droppable | None = None) -> CoreMatchingGenerator:
+        """A generator for a model, which changes nothing in it but while it generates."""
+        return CoreMatchingGenerator(model, self, image_slice)
+
+
+def _thinned(value: Any, kept: Tensor, length: int) -> Any:
+    """What a later block is called with, for the kept tokens only: hidden states, rotary embeddings, masks."""
+    if isinstance(value, tuple):
+        return tuple(_thinned(part, kept, length) for part in value)
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    # masks run over tokens twice, (batch, heads, queries, keys); what is one-dimensional is a list of positions
+    dims = {1: (0,), 2: (1,), 3: (1,)}.get(value.dim(), (value.dim() - 2, value.dim() - 1))
+    for dim in dims:
+        if value.shape[dim] == length:
+            value = value.index_select(dim, kept.to(value.device))
+    return value
+
+
+def _checked(kept: Tensor, length: int) -> Tensor:
+    if not len(kept) or int(kept[-1]) != length - 1 or int(kept[0]) < 0 or bool((kept.diff() <= 0).any()):
+        raise ConfigurationError(
+            f"{len(kept)} of {length} tokens would stay, not in order or without the last one, which the answer "
+            f"follows; keep ascending places up to {length - 1}"
+        )
+    return kept

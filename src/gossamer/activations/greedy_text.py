@@ -1,0 +1,137 @@
+"""A text that grows greedily inside of transformers' ``generate``: what its settings say about scores and endings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+
+_OURS = frozenset(
+    {"use_cache", "logits_to_keep", "position_ids", "cache_position", "attention_mask", "past_key_values"}
+)
+
+
+class GreedyText:
+    """One sequence of tokens, with the processors and stopping criteria that ``generate`` has prepared.
+
+    Parameters
+    ----------
+    input_ids
+        The prompt, ``(1, tokens)``.
+    processors
+        ``(ids, scores) → scores``, such as a repetition penalty; None for none.
+    criteria
+        ``(ids, scores) → (1,)`` bool: whether the text ends with its last token.
+    max_length
+        Tokens that it may have, the prompt included.
+    """
+
+    def __init__(self, input_ids: Tensor, processors: Any, criteria: Any, max_length: int):
+        self.ids = input_ids
+        self.prompt = input_ids.shape[1]
+        self.max_length = max_length
+        self._processors = processors if processors is not None and len(processors) else None
+        self._criteria = criteria
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self.max_length - self.ids.shape[1]
+
+    @property
+    def generated(self) -> int:
+        """Tokens that have come."""
+        return self.ids.shape[1] - self.prompt
+
+    def with_tokens(self, tokens: list[int]) -> Tensor:
+        """The text as it would be with more tokens, ``(1, tokens)``."""
+        if not tokens:
+            return self.ids
+        more = torch.tensor([tokens], dtype=self.ids.dtype, device=self.ids.device)
+        return torch.cat([self.ids, more], dim=1)
+
+    def scores(self, logits: Tensor, tokens: list[int]) -> Tensor:
+        """What the processors make of logits ``(vocabulary,)`` that follow the text with more tokens; float32."""
+        rows = logits.float().unsqueeze(0)
+        return (rows if self._processors is None else self._processors(self.with_tokens(tokens), rows))[0]
+
+    def rows(self, logits: Tensor, tokens: list[int]) -> Tensor:
+        """Scores after the text with the first 0, 1, 2, … of `tokens`; ``(len(tokens) + 1, vocabulary)``."""
+        if self._processors is None:
+            return logits.float()
+        return torch.stack([self.scores(row, tokens[:count]) for count, row in enumerate(logits)])
+
+    def ends(self, tokens: list[int]) -> bool:
+        """Whether the text with more tokens ends at the last of them."""
+        ids = self.with_tokens(tokens)
+        if ids.shape[1] >= self.max_length:
+            return True
+        return self._criteria is not None and bool(torch.as_tensor(self._criteria(ids, None)).any())
+
+    def append(self, tokens: list[int]) -> bool:
+        """Add tokens, none behind one with which the text ends; returns whether it has ended."""
+        for count in range(1, len(tokens) + 1):
+            if self.ends(tokens[:count]):
+                self.ids = self.with_tokens(tokens[:count])
+                return True
+        self.ids = self.with_tokens(tokens)
+        return False
+
+
+def check_greedy(input_ids: Tensor, settings: Any, what: str) -> None:
+    """Refuse what only a greedy search over one sequence can do.
+
+    Raises
+    ------
+    ConfigurationError
+        For sampling, beams, contrastive search or several sequences.
+    """
+    for name, usual in (("do_sample", False), ("num_beams", 1), ("num_return_sequences", 1)):
+        value = getattr(settings, name, None)
+        if value not in (usual, None):
+            raise ConfigurationError(f"{name} is {value!r}; {what} is a greedy search: set {name}={usual!r}")
+    if input_ids.shape[0] != 1:
+        raise ConfigurationError(
+            f"{what} got {input_ids.shape[0]} sequences; each would advance by another length: call it one by one"
+        )
+
+
+def real_tokens(input_ids: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    """The tokens that the model has not read yet, ``(1, tokens)``, without padding.
+
+    Parameters
+    ----------
+    input_ids
+        The prompt, ``(1, tokens)``.
+    mask
+        Zero at padding, ``(1, tokens)``; None if there is none.
+    past
+        Tokens in the cache already.
+    """
+    if mask is not None and not bool(mask.all()):
+        if past:
+            raise ConfigurationError("a prompt with padding cannot go on from a cache; give it without padding")
+        return input_ids[:, mask[0].bool()]
+    return input_ids[:, past:]
+
+
+def prompt_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What besides tokens goes into the first call only, such as pixels."""
+    return {name: value for name, value in model_inputs.items() if name not in _OURS and value is not None}
+
+
+def run_generate(model: Any, loop: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor:
+    """Call transformers' ``generate`` with a decoding loop of our own.
+
+    Raises
+    ------
+    ConfigurationError
+        If the model has no ``generate``.
+    """
+    if not hasattr(model, "generate"):
+        raise ConfigurationError(f"{type(model).__name__} has no generate(); give a causal language model")
+    return model.generate(**{"do_sample": False, **inputs}, custom_generate=loop)
