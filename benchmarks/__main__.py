@@ -1,6 +1,9 @@
 """Run all benchmarks: python -m benchmarks --json benchmarks/results.json."""
 
 from benchmarks import (
+    activation_calibration,
+    activation_decode,
+    kernels_activations,
     kernels_convolution,
     kernels_groups,
     kernels_linear,
@@ -10,6 +13,7 @@ from benchmarks import (
     pruning_memory,
     pruning_selection,
     pruning_walk,
+    sirius_decode,
     soups,
     threads,
     training_kernels,
@@ -27,6 +31,10 @@ BENCHMARKS = (
     training_step,
     nm_training,
     mask_candidates,
+    kernels_activations,
+    activation_calibration,
+    activation_decode,
+    sirius_decode,
     soups,
     pruning_selection,
     pruning_walk,
