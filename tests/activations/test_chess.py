@@ -1,9 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from gossamer.activations.chess import Chess, partner_moments
-from gossamer.errors import ConfigurationError, ModelError
+from gossamer.errors import ConfigurationError, ModelError, TargetError
 from gossamer.models.activation_sites import find_gate_sites
 
 
@@ -75,6 +76,43 @@ def test_one_threshold_for_all_channels_is_cats(tiny_llama, batches):
     thresholds = rules.gates["model.layers.0.mlp"].thresholds(72)
     assert thresholds.unique().numel() == 1
     assert float(thresholds[0]) == pytest.approx(float(a.abs().flatten().quantile(0.3)), rel=0.01)
+
+
+def test_layers_that_are_left_out_keep_their_gates(tiny_llama, batches):
+    rules = Chess(exclude=["model.layers.0.*"]).calibrate(tiny_llama, batches, progress=False)
+    assert set(rules.gates) == {"model.layers.1.mlp", "model.layers.2.mlp"}
+    assert not any(name.startswith("model.layers.0.") for name in rules.inputs)
+    with pytest.raises(TargetError, match="no feed-forward layer"):
+        Chess(exclude=["*.mlp"]).calibrate(tiny_llama, batches, progress=False)
+
+
+def fused_model():
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 97}
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)).eval()
+
+
+def test_the_partner_of_a_fused_gate_is_the_other_half(batches):
+    model = fused_model()
+    seen = []
+    handle = model.model.layers[0].mlp.gate_up_proj.register_forward_hook(lambda m, args, out: seen.append(out))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    up = torch.cat(seen).flatten(0, 1)[:, 72:]
+    found = partner_moments(model, batches, find_gate_sites(model), progress=False)
+    assert torch.allclose(found["model.layers.0.mlp"], up.double().square().mean(0), rtol=1e-5)
+
+
+def test_a_fused_gate_whose_partner_is_not_the_other_half_is_refused(batches):
+    model = fused_model()
+    sites = find_gate_sites(model)
+    for layer in model.model.layers:
+        act = layer.mlp.activation_fn
+        act.register_forward_pre_hook(lambda module, args: (args[0].clamp(max=0.1),))
+    with pytest.raises(ModelError, match="neither half"):
+        partner_moments(model, batches, sites, progress=False)
 
 
 def test_a_dead_partner_closes_its_channel_for_good(tiny_llama, batches):

@@ -9,6 +9,7 @@ from gossamer.activations.r_sparse import (
     importance_map,
     singular_factors,
 )
+from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, TopK, column_norms
 from gossamer.errors import CalibrationError, ConfigurationError, SparsityError
 
@@ -115,6 +116,28 @@ def test_a_searched_division_runs_end_to_end(tiny_llama, batches):
     method = RSparse(sparsity=0.6, alpha="search", search=Evolution(4, 1, sequences=1))
     rules = method.calibrate(tiny_llama, batches, progress=False)
     assert set(rules.settings["alphas"]) == set(rules.inputs)
+    other = method.at(0.5)
+    assert other.settings["alphas"] == rules.settings["alphas"]
+    assert set(other.requested.values()) == {0.5}
+
+
+def test_rules_and_their_settings_survive_a_file(tiny_llama, batches, tmp_path):
+    rules = RSparse(sparsity=0.5).calibrate(tiny_llama, batches, progress=False)
+    rules.save(tmp_path / "rules.safetensors")
+    read = ActivationRules.load(tmp_path / "rules.safetensors")
+    assert read.settings == rules.settings
+    for name, factors in rules.low_rank.items():
+        assert torch.equal(read.low_rank[name].left, factors.left)
+        assert torch.equal(read.low_rank[name].right, factors.right)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.97])
+def test_the_search_keeps_extreme_budgets_too(sparsity):
+    def cost(alphas, budget):
+        assert 10 * budget["a"] + 30 * budget["b"] == pytest.approx(40 * sparsity, abs=1e-6)
+        return -alphas["a"]
+
+    Evolution(8, 2, mutation_rate=0.5).run(cost, {"a": 10, "b": 30}, {"a": sparsity, "b": sparsity}, progress=False)
 
 
 def test_constants_stand_in_the_better_the_more_there_are():
@@ -145,5 +168,11 @@ def test_bad_settings_are_refused(tiny_llama, batches):
         Split.of((4, 4), 0.9, 0.0)
     with pytest.raises(ConfigurationError, match="population is 1"):
         Evolution(population=1)
+    with pytest.raises(ConfigurationError, match="kept is 1"):
+        Evolution(kept=1)
+    with pytest.raises(SparsityError, match=r"1\.5"):
+        Split.of((40, 100), 1.5, 0.5)
+    with pytest.raises(ConfigurationError, match="alpha gives nothing for 'model"):
+        RSparse(alpha={"a": 0.5}).calibrate(tiny_llama, batches, progress=False)
     with pytest.raises(CalibrationError, match="needs a calibration before"):
         RSparse().at(0.6)

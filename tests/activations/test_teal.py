@@ -7,10 +7,10 @@ import torch
 from gossamer.activations.base import install
 from gossamer.activations.budgets import GreedyAllocation, largest_within
 from gossamer.activations.positions import DenseTokens
-from gossamer.activations.rules import ActivationRules
+from gossamer.activations.rules import ActivationRules, LowRank
 from gossamer.activations.teal import Teal
 from gossamer.activations.wina import Wina
-from gossamer.core.channel_rules import ChannelRule, Threshold
+from gossamer.core.channel_rules import ChannelRule, Threshold, TopK
 from gossamer.errors import (
     CalibrationError,
     CheckpointError,
@@ -135,6 +135,75 @@ def test_the_first_tokens_of_a_prompt_stay_dense():
     assert DenseTokens(0.0).of_prompt((2, 10)) is None
 
 
+def test_a_share_of_a_prompt_is_the_same_number_with_and_without_padding():
+    for share in (0.01, 0.07, 0.3):
+        tokens = DenseTokens(share)
+        for count in (50, 100, 400):
+            real = torch.tensor([[False] + [True] * count])
+            alone, padded = tokens.of_prompt((1, count)), tokens.of_prompt((1, count + 1), real)
+            assert torch.equal(padded[:, 1:], alone)
+            assert int(alone.sum()) == math.ceil(round(share * count, 6))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_stays_out_of_generation_whatever_the_cache(tiny_llama, batches, cache):
+    teal = Teal(sparsity=0.6, dense_prefill=0.5)
+    teal.calibrate(tiny_llama, batches, progress=False)
+    row = batches[0][:1, :12]
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), row], 1)
+    mask = (torch.arange(19) >= 7).long()[None]
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with teal.active(tiny_llama) as installed:
+        expected = tiny_llama.generate(row, **options)[:, 12:]
+        counted = dataclasses.astuple(next(iter(installed.sites.values())).tally)
+        installed.reset()
+        found = tiny_llama.generate(padded, attention_mask=mask, cache_implementation=cache, **options)[:, 19:]
+        assert dataclasses.astuple(next(iter(installed.sites.values())).tally) == counted
+    assert torch.equal(found, expected)
+
+
+def test_a_mask_given_by_position_counts_too(tiny_llama, batches):
+    mask = (torch.arange(24) >= 4).long()[None]
+    tokens = DenseTokens(0.5)
+    tokens.attach(tiny_llama)
+    seen = []
+    tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(tokens.dense))
+    logits(tiny_llama, batches[0][:1], attention_mask=mask)
+    with torch.no_grad():
+        tiny_llama(batches[0][:1], mask)
+    assert [int(dense.sum()) for dense in seen] == [14, 14]
+    assert torch.equal(*seen)
+    assert tokens.dense is None
+
+
+def test_nothing_stays_in_a_model_into_which_rules_could_not_be_put(tiny_llama, batches, monkeypatch):
+    rules = Teal().calibrate(tiny_llama, batches, progress=False)
+    before = logits(tiny_llama, batches[0])
+
+    def fails(weight):
+        raise MemoryError
+
+    layers = list(tiny_llama.modules())
+    monkeypatch.setattr("gossamer.activations.installed.lay_by_channels", fails)
+    with pytest.raises(MemoryError):
+        install(tiny_llama, rules, kernels=True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in layers)
+    with install(tiny_llama, rules):
+        pass
+    assert torch.equal(logits(tiny_llama, batches[0]), before)
+
+
+def test_a_layer_called_by_itself_has_no_prompt(tiny_llama, batches):
+    teal = Teal(dense_prefill=1.0)
+    teal.calibrate(tiny_llama, batches, progress=False)
+    layer = tiny_llama.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 48)
+    with teal.active(tiny_llama):
+        before = layer(x)
+        logits(tiny_llama, batches[0])
+        assert torch.equal(layer(x), before)
+
+
 def test_greedy_budgets_meet_the_sparsity_in_every_block_and_hurt_its_output_less(tiny_llama, batches):
     sites = find_input_sites(tiny_llama)
     teal = Teal(sparsity=0.5, allocation="greedy", step=0.4)
@@ -210,6 +279,16 @@ def test_rules_of_another_model_are_refused(tiny_llama, batches):
     wide = {"model.layers.0.mlp.up_proj": ChannelRule(Threshold(1.0), torch.ones(49))}
     with pytest.raises(ModelError, match="49 channels, this model has 48"):
         install(tiny_llama, ActivationRules(wide))
+    with pytest.raises(ModelError, match="keeps 49 channels, this model has 48"):
+        install(tiny_llama, ActivationRules({"model.layers.0.mlp.up_proj": ChannelRule(TopK(49))}))
+    layer = {"model.layers.0.mlp.up_proj": ChannelRule(Threshold(1.0))}
+    with pytest.raises(ModelError, match="which this one lacks"):
+        install(tiny_llama, ActivationRules({}, layer))
+    low_rank = {"model.layers.0.mlp.up_proj": LowRank(torch.zeros(72, 2), torch.zeros(2, 47))}
+    with pytest.raises(ModelError, match="low-rank part is of 72 × 47"):
+        install(tiny_llama, ActivationRules(layer, low_rank=low_rank))
+    with pytest.raises(ModelError, match="which this one lacks"):
+        ActivationRules({"model.layers.9.mlp.up_proj": ChannelRule(Threshold(1.0))}).thresholds(tiny_llama)
     with install(tiny_llama, rules), pytest.raises(ModelError, match="other activation rules are at work"):
         install(tiny_llama, rules)
 
@@ -226,8 +305,25 @@ def test_bad_parameters_and_data_are_refused(tiny_llama, batches):
         Teal().install(tiny_llama)
     with pytest.raises(CalibrationError, match="has not seen data"):
         Teal().at(0.5)
+    with pytest.raises(CalibrationError, match="one batch"):
+        Teal().calibrate(tiny_llama, batches[0], progress=False)
+    for batch, said in (
+        (batches[0][0], r"\(24,\) torch.int64"),
+        (batches[0].float(), "torch.float32"),
+        (batches[0][:, :0], r"\(2, 0\)"),
+        (batches[0] + 97, "outside the model's vocabulary of 97"),
+        ("a text", "is text"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            Teal().calibrate(tiny_llama, [batch], progress=False)
     with pytest.raises(ConfigurationError, match="dense_prefill is 2"):
-        Teal(dense_prefill=2).install(tiny_llama, Teal().calibrate(tiny_llama, batches, progress=False))
+        Teal(dense_prefill=2)
+    with pytest.raises(ConfigurationError, match="step is 0"):
+        Teal(step=0.0)
+    with pytest.raises(SparsityError, match=r"sparsity of a is 1\.5"):
+        Teal(allocation={"a": 1.5})
+    with pytest.raises(ConfigurationError, match="dense_prefill is 2"):
+        install(tiny_llama, Teal().calibrate(tiny_llama, batches, progress=False), dense_prefill=2)
     with torch.no_grad():
         tiny_llama.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj"):

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from gossamer.activations.wina import Wina, error_bound, output_error
 from gossamer.core.channel_rules import ChannelRule, TopK, column_norms
@@ -60,6 +61,15 @@ def test_norms_count_everywhere_or_after_rotating_for_keys_and_gates_only(tiny_l
     orthogonalise(tiny_llama)
     assert weighted(Wina().calibrate(tiny_llama, batches, progress=False)) == {"k_proj", "gate_proj"}
     assert weighted(Wina(norm_sites=["q"]).calibrate(tiny_llama, batches, progress=False)) == {"q_proj"}
+
+
+def test_fused_keys_and_gates_are_scored_by_norm_after_rotating(batches):
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "vocab_size": 97}
+    model = Phi3ForCausalLM(Phi3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)).eval()
+    orthogonalise(model)
+    rules = Wina().calibrate(model, batches, progress=False)
+    normed = {name.rpartition(".")[2] for name, rule in rules.inputs.items() if rule.scale is not None}
+    assert normed == {"qkv_proj", "gate_up_proj"}
 
 
 def test_rotation_is_part_of_what_a_token_reads(tiny_llama, batches):

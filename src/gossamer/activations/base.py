@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.budgets import GreedyAllocation, largest_within
 from gossamer.activations.installed import Installed
+from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
@@ -75,6 +76,11 @@ class ActivationSparsifier:
         check_sparsity(self.sparsity)
         if isinstance(self.allocation, str) and self.allocation not in ("uniform", "greedy"):
             raise ConfigurationError(f"allocation is {self.allocation!r}; it must be uniform, greedy, or a mapping")
+        if isinstance(self.allocation, Mapping):
+            for name, share in self.allocation.items():
+                check_sparsity(share, f"sparsity of {name}")
+        GreedyAllocation(self.step)
+        DenseTokens(self.dense_prefill)
 
     def scale(self, site: InputSite) -> Tensor | None:
         """C of a site's score |x_j| · c_j; None for 1."""
@@ -109,6 +115,7 @@ class ActivationSparsifier:
         TargetError
             If the model has no layer to treat.
         """
+        self._rotated = is_rotated(model)
         batches = prepared(data)
         self._sites = self.sites(model)
         self._histograms = observe_magnitudes(model, batches, {s: self.scale(s) for s in self._sites}, progress)
@@ -128,10 +135,14 @@ class ActivationSparsifier:
         if not hasattr(self, "_histograms"):
             raise CalibrationError(f"{type(self).__name__} has not seen data yet; call calibrate(model, data) first")
         self.sparsity = sparsity
-        return self._settle(dict.fromkeys((site.name for site in self._sites), sparsity))
+        rules = self._settle(dict.fromkeys((site.name for site in self._sites), sparsity))
+        rules.settings["allocation"] = "uniform"
+        return rules
 
     def within(self, model: nn.Module, tokens: Sequence[Tensor], ratio: float = 1.01, tolerance: float = 0.01) -> float:
         """Settle on the largest sparsity whose perplexity stays within a ratio of the dense model's, by bisection.
+
+        All layers get the same, whatever :attr:`allocation` says.
 
         Parameters
         ----------
@@ -151,7 +162,9 @@ class ActivationSparsifier:
         """
         if not ratio > 1:
             raise ConfigurationError(f"ratio is {ratio}; it must be above 1, such as 1.01 for one percent")
-        window = max(part.shape[1] for part in tokens)
+        if not tokens:
+            raise CalibrationError("there are no tokens to measure perplexity on; give at least one batch")
+        window = max(part.shape[-1] for part in tokens)
 
         def measured() -> float:
             return perplexity(model, list(tokens), window, window, progress=False).value
@@ -194,7 +207,8 @@ class ActivationSparsifier:
         plain = {
             k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()
         }
-        return {"method": type(self).__name__, **plain}
+        plain |= {k: dataclasses.asdict(v) for k, v in fields.items() if dataclasses.is_dataclass(v)}
+        return {"method": type(self).__name__, "rotated": getattr(self, "_rotated", False), **plain}
 
     def install(self, model: nn.Module, rules: ActivationRules | None = None, kernels: bool = False) -> Installed:
         """Put rules to work until ``remove()`` is called, or as a context manager until its end.
@@ -229,8 +243,10 @@ class ActivationSparsifier:
 
 def install(model: nn.Module, rules: ActivationRules, dense_prefill: float = 0.01, kernels: bool = False) -> Installed:
     """Put rules to work in a model; see :meth:`ActivationSparsifier.install`."""
-    if rules.settings.get("rotated") and not is_rotated(model):
-        raise ModelError("these rules are for a rotated model; call models.rotation.orthogonalise(model) first")
+    if rules.settings.get("rotated", is_rotated(model)) != is_rotated(model):
+        wanted = "a rotated model; call models.rotation.orthogonalise(model) first"
+        unwanted = "a model that is not rotated; load it again"
+        raise ModelError(f"these rules are for {unwanted if is_rotated(model) else wanted}")
     inputs = {site.name: site for site in find_input_sites(model)}
     gates = {site.name: site for site in find_gate_sites(model)} if rules.gates else {}
     return Installed(model, rules, inputs, gates, dense_prefill, kernels)
@@ -254,8 +270,10 @@ def prepared(data: Iterable[Batch]) -> list[Batch]:
     Raises
     ------
     CalibrationError
-        If there are none.
+        If there are none, or a single batch instead of several.
     """
+    if isinstance(data, Tensor | Mapping):
+        raise CalibrationError("the calibration data is one batch; give a list of batches, such as [data]")
     batches = [part for batch in data for part in without_padding(batch)]
     if not batches:
         raise CalibrationError("the calibration data is empty: at least one batch is needed")
@@ -313,7 +331,39 @@ def observe_magnitudes(
 
 
 def run_over(model: nn.Module, data: Sequence[Batch], title: str, progress: bool = True) -> None:
-    """Call the model with every batch, without gradients and in evaluation mode."""
+    """Call the model with every batch, without gradients and in evaluation mode.
+
+    Raises
+    ------
+    CalibrationError
+        If a batch is not ``(batch, tokens)`` ids of the model's vocabulary.
+    """
+    for batch in data:
+        _check_ids(model, batch)
     with evaluation_mode(model), torch.no_grad():
         for batch in track(data, title, enabled=progress):
             run_batch(model, batch)
+
+
+def _check_ids(model: nn.Module, batch: Batch) -> None:
+    """Refuse what a language model cannot read, before it fails somewhere inside."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(config, "vocab_size", None)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if getattr(model, "main_input_name", None) != "input_ids" or not isinstance(vocabulary, int) or ids is None:
+        return
+    if isinstance(ids, str):
+        raise CalibrationError("the calibration data is text; make token ids of it with the model's tokenizer")
+    if not isinstance(ids, Tensor):
+        return
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise CalibrationError(
+            f"a batch of calibration data is {tuple(ids.shape)} {ids.dtype}; give token ids, (batch, tokens) int64"
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}; make the tokens "
+            f"with this model's own tokenizer"
+        )

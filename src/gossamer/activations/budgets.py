@@ -76,6 +76,9 @@ class GreedyAllocation:
                 raise CalibrationError(f"{type(model).__name__} has no blocks to go through; use allocation='uniform'")
             if own:
                 found |= self._block(stage, own, rule, sparsity)
+        missing = next((site.name for site in sites if site.name not in found), None)
+        if missing is not None:
+            raise CalibrationError(f"{missing} is in no block of the model; exclude it, or use allocation='uniform'")
         return found
 
     def _block(self, stage: Stage, sites: list[InputSite], rule: RuleMaker, sparsity: float) -> dict[str, float]:
@@ -141,7 +144,7 @@ class _rule_at:
 def largest_within(measure: Callable[[float], float], limit: float, low: float, high: float, tolerance: float) -> float:
     """The largest value of a setting whose measure stays within a limit, by bisection.
 
-    The measure need not be monotone: what is returned is always a setting that was tried and found within the limit.
+    The measure need not be monotone: what is returned is `low`, or a setting that was tried and found within the limit.
 
     Parameters
     ----------

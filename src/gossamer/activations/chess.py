@@ -13,9 +13,10 @@ from gossamer.activations.base import ActivationSparsifier, by_threshold, observ
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, column_norms
 from gossamer.core.registry import register
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.activation_sites import GateSite, InputSite, SiteRole, find_gate_sites, find_input_sites
 from gossamer.models.blocks import Batch
+from gossamer.models.rotation import is_rotated
 
 Attention = Literal["selective", "all", "none"]
 _ATTENTION_ROLES: dict[Attention, tuple[SiteRole, ...]] = {
@@ -74,8 +75,9 @@ class Chess(ActivationSparsifier):
 
     def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ActivationRules:
         """Two passes: the moments M of what the gates let through, then the thresholds; see the base class."""
+        self._rotated = is_rotated(model)
         batches = prepared(data)
-        gates, sites = find_gate_sites(model), self.sites(model)
+        gates, sites = find_gate_sites(model, self.include, self.exclude), self.sites(model)
         scales = (
             dict.fromkeys(gates, None) if not self.channel_thresholds else self._scales(model, batches, gates, progress)
         )
@@ -149,6 +151,16 @@ def _watch_fused(gate: GateSite, add: object) -> list[object]:
 
     def choose(module: nn.Module, args: tuple) -> None:
         first, second = halves
-        add(gate.name, second if torch.equal(args[0], first) else first)  # type: ignore[operator]
+        if not any(_same(args[0], half) for half in halves):
+            raise ModelError(
+                f"{gate.name}: its activation function gets neither half of the fused matrix, so the partner is not "
+                f"known; choose a method that works on the inputs of layers, such as 'teal'"
+            )
+        add(gate.name, second if _same(args[0], first) else first)  # type: ignore[operator]
 
     return [gate.gate.module.register_forward_hook(split), gate.activation.register_forward_pre_hook(choose)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # NaN is for calibration to report
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -51,6 +51,10 @@ class Evolution:
             raise ConfigurationError(
                 f"population is {self.population}, generations {self.generations}; there must be at least 4 and 1"
             )
+        if not 0 < self.kept < 1 or self.sequences < 1:
+            raise ConfigurationError(
+                f"kept is {self.kept}, sequences {self.sequences}; they must be between 0 and 1, and at least 1"
+            )
 
     def run(
         self, cost: Cost, sizes: dict[str, int], budget: dict[str, float], progress: bool = True
@@ -72,7 +76,7 @@ class Evolution:
         start = torch.tensor([budget[name] for name in names], dtype=torch.float64)
         genomes = self._first(start, weights, generator)
         scored: list[tuple[float, int, Tensor]] = []
-        survivors = max(2, round(self.kept * self.population))
+        survivors = min(max(2, round(self.kept * self.population)), self.population - 1)
         born = 0
         for generation in track(range(self.generations + 1), "evolving budgets", enabled=progress):
             for genome in genomes:
@@ -102,13 +106,15 @@ class Evolution:
 
     def _balanced(self, genome: Tensor, start: Tensor, weights: Tensor) -> Tensor:
         """Clamp, and shift the sparsities until the weights read are those of the start."""
-        alpha, sparsity = genome[0].clamp(0, 1), genome[1].clamp(0.02, 0.95)
+        # a start beyond the usual bounds moves them, or its total could not be kept
+        low, high = min(0.02, float(start.min())), max(0.95, float(start.max()))
+        alpha, sparsity = genome[0].clamp(0, 1), genome[1].clamp(low, high)
         wanted = (start * weights).sum()
         for _ in range(50):
             gap = (wanted - (sparsity * weights).sum()) / weights.sum()
             if abs(gap) < 1e-12:
                 break
-            sparsity = (sparsity + gap).clamp(0.02, 0.95)
+            sparsity = (sparsity + gap).clamp(low, high)
         return torch.stack([alpha, sparsity])
 
 

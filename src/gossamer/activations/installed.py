@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules, LowRank
-from gossamer.core.channel_rules import ChannelRule
+from gossamer.core.channel_rules import ChannelRule, TopK
 from gossamer.errors import ModelError
 from gossamer.kernels.channel_products import input_sparse
 from gossamer.kernels.channels import ChannelMatrix, lay_by_channels
@@ -120,15 +120,24 @@ class Installed:
         self.sites: dict[str, Site] = {}
         self._sizes = {name: site.target for name, site in inputs.items()}
         self._gates = {name: gates[name] for name in rules.gates}
-        self._handles: list[Any] = [self.tokens.attach(model)]
+        self._handles: list[Any] = []
+        try:
+            self._hook(inputs, kernels)
+        except BaseException:
+            self.remove()
+            raise
+        model._activation_rules = self  # type: ignore[assignment]
+
+    def _hook(self, inputs: Mapping[str, InputSite], kernels: bool) -> None:
+        rules = self.rules
+        self._handles += self.tokens.attach(self.model)
         for name, rule in rules.inputs.items():
             self.sites[name] = site = Site(rule, self.tokens, Tally(), rules.low_rank.get(name))
             thresholds = rule.thresholds(inputs[name].width) if kernels and site.low_rank is None else None
             self._handles += _hook_input(inputs[name].module, site, thresholds)
         for name, rule in rules.gates.items():
             self.sites[name] = site = Site(rule, self.tokens, Tally())
-            self._handles.append(gates[name].activation.register_forward_hook(_masking_output(site)))
-        model._activation_rules = self  # type: ignore[assignment]
+            self._handles.append(self._gates[name].activation.register_forward_hook(_masking_output(site)))
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
@@ -202,7 +211,7 @@ class _LiveChannels:
             module.weight.data = lay_by_channels(module.weight)
         matrix = ChannelMatrix.of_view(module.weight.detach())
         assert matrix is not None
-        self._module, dense = module, module.forward
+        self._module, self._before, dense = module, vars(module).get("forward"), module.forward
         # everything counts where a threshold is below zero, which for the kernel is no threshold but for zeros
         bounds = thresholds.clamp_min(0)
 
@@ -217,7 +226,10 @@ class _LiveChannels:
 
     def remove(self) -> None:
         """Give the layer its own product back; the layout of its weight stays."""
-        self._module.__dict__.pop("forward", None)
+        if self._before is None:
+            self._module.__dict__.pop("forward", None)
+        else:  # someone had put another in its place before
+            self._module.forward = self._before  # type: ignore[method-assign]
 
 
 def _masking_input(site: Site) -> Any:
@@ -229,12 +241,25 @@ def _masking_output(site: Site) -> Any:
 
 
 def _check(rules: ActivationRules, inputs: Mapping[str, InputSite], gates: Mapping[str, GateSite]) -> None:
-    for name in [*rules.inputs, *rules.gates]:
-        site: InputSite | GateSite | None = inputs.get(name) or gates.get(name)
+    places: list[tuple[str, ChannelRule, InputSite | GateSite | None]] = [
+        *((name, rule, inputs.get(name)) for name, rule in rules.inputs.items()),
+        *((name, rule, gates.get(name)) for name, rule in rules.gates.items()),
+    ]
+    for name, rule, site in places:
         if site is None:
             raise ModelError(f"the rules are for a model with a layer {name!r}, which this one lacks; calibrate on it")
-        rule = rules.inputs.get(name) or rules.gates[name]
         if rule.scale is not None and len(rule.scale) != site.width:
             raise ModelError(
                 f"{name}: the rule is for {len(rule.scale)} channels, this model has {site.width}; calibrate on it"
+            )
+        if isinstance(rule.selection, TopK) and rule.selection.keep > site.width:
+            raise ModelError(
+                f"{name}: the rule keeps {rule.selection.keep} channels, this model has {site.width}; calibrate on it"
+            )
+    for name, factors in rules.low_rank.items():
+        place = inputs.get(name)
+        found = (factors.left.shape[0], factors.right.shape[1])
+        if place is None or name not in rules.inputs or found != tuple(place.target.shape):
+            raise ModelError(
+                f"{name}: the low-rank part is of {found[0]} × {found[1]} weights; calibrate on this model"
             )

@@ -23,10 +23,11 @@ from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Thre
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
 from gossamer.core.progress import track
 from gossamer.core.registry import register
-from gossamer.errors import CalibrationError, ConfigurationError, SparsityError
+from gossamer.errors import CalibrationError, ConfigurationError, SparsityError, check_sparsity
 from gossamer.measure.perplexity import perplexity
 from gossamer.models.activation_sites import InputSite
 from gossamer.models.blocks import Batch
+from gossamer.models.rotation import is_rotated
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Split:
         Raises
         ------
         SparsityError
-            If the budget pays for neither.
+            If the budget pays for neither, or the sparsity is not in [0, 1).
         """
+        check_sparsity(sparsity)
         m, n = shape
         budget = n * m * (1 - sparsity)
         channels = 0 if alpha == 0 else max(1, math.floor(n * (1 - sparsity) * alpha + 1e-9))
@@ -123,8 +125,13 @@ class RSparse(ActivationSparsifier):
 
         `material` that was made of the same model before is used again; see the base class for the rest.
         """
+        self._rotated = is_rotated(model)
         batches = prepared(data)
         sites = self.sites(model)
+        if isinstance(self.alpha, Mapping):
+            missing = next((site.name for site in sites if site.name not in self.alpha), None)
+            if missing is not None:
+                raise ConfigurationError(f"alpha gives nothing for {missing!r}; give one for every layer")
         self._material = material = material or Material.of(model, batches, sites, progress)
         budget = self._budget(model, batches, sites, None, progress)
         if self.alpha == "search":
@@ -133,17 +140,25 @@ class RSparse(ActivationSparsifier):
             alphas = {site.name: float(self.alpha[site.name]) for site in sites}
         else:
             alphas = dict.fromkeys(budget, float(self.alpha))
+        self._alphas = alphas
         self.rules_ = material.rules(alphas, budget)
         self.rules_.settings = self.settings | {"alphas": alphas}
         return self.rules_
 
-    def at(self, sparsity: float) -> ActivationRules:  # noqa: D102
-        if not hasattr(self, "_material") or not isinstance(self.alpha, int | float):
-            raise CalibrationError("another sparsity needs a calibration before, and one alpha for all layers")
+    def at(self, sparsity: float) -> ActivationRules:
+        """Rules for another sparsity, the same in all layers, with the α of the last calibration.
+
+        Raises
+        ------
+        CalibrationError
+            If there was no calibration yet.
+        """
+        check_sparsity(sparsity)
+        if not hasattr(self, "_alphas"):
+            raise CalibrationError("another sparsity needs a calibration before; call calibrate(model, data) first")
         self.sparsity = sparsity
-        names = [site.name for site in self._material.sites]
-        self.rules_ = self._material.rules(dict.fromkeys(names, float(self.alpha)), dict.fromkeys(names, sparsity))
-        self.rules_.settings = self.settings
+        self.rules_ = self._material.rules(self._alphas, dict.fromkeys(self._alphas, sparsity))
+        self.rules_.settings = self.settings | {"alphas": self._alphas, "allocation": "uniform"}
         return self.rules_
 
     def _searched(
@@ -154,7 +169,11 @@ class RSparse(ActivationSparsifier):
             raise CalibrationError("alpha='search' judges by perplexity and needs batches of token ids")
 
         def cost(alphas: dict[str, float], budget: dict[str, float]) -> float:
-            with install(model, material.rules(alphas, budget), self.dense_prefill):
+            try:
+                rules = material.rules(alphas, budget)
+            except SparsityError:  # a layer that could read nothing
+                return math.inf
+            with install(model, rules, self.dense_prefill):
                 window = max(part.shape[1] for part in tokens)
                 return perplexity(model, tokens, window, window, progress=False).nll_per_token
 

@@ -92,6 +92,9 @@ class ActivationRules:
         if self.low_rank:
             raise ModelError("these rules have a low-rank part, which is no threshold; run them through Hugging Face")
         modules = dict(model.named_modules())
+        missing = next((name for name in self.inputs if name not in modules), None)
+        if missing is not None:
+            raise ModelError(f"the rules are for a model with a layer {missing!r}, which this one lacks")
         widths = {name: _width(modules[name]) for name in self.inputs}
         widths |= {name: _gate_width(name, rule) for name, rule in self.gates.items()}
         found: dict[str, dict[str, Tensor]] = {"inputs": {}, "gates": {}}
@@ -138,15 +141,19 @@ class ActivationRules:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{file} holds no activation rules ({error}); calibrate again") from error
-        if said.get("format") != _FORMAT:
+        if not isinstance(said, dict) or said.get("format") != _FORMAT:
+            said = said if isinstance(said, dict) else {}
             raise CheckpointError(f"{file} has format {said.get('format')!r} instead of {_FORMAT!r}; calibrate again")
         rules: dict[str, dict[str, ChannelRule]] = {"inputs": {}, "gates": {}}
-        for key, description in said["rules"].items():
-            kind, _, name = key.partition("/")
-            rules[kind][name] = ChannelRule(_selection(description, file), tensors.get(f"{key}/scale"))
-        names = {key.split("/")[1] for key in tensors if key.startswith("low_rank/")}
-        factors = {n: LowRank(tensors[f"low_rank/{n}/left"], tensors[f"low_rank/{n}/right"]) for n in names}
-        return cls(rules["inputs"], rules["gates"], said["requested"], factors, said["settings"])
+        try:
+            for key, description in said["rules"].items():
+                kind, _, name = key.partition("/")
+                rules[kind][name] = ChannelRule(_selection(description, file), tensors.get(f"{key}/scale"))
+            names = {key.split("/")[1] for key in tensors if key.startswith("low_rank/")}
+            factors = {n: LowRank(tensors[f"low_rank/{n}/left"], tensors[f"low_rank/{n}/right"]) for n in names}
+            return cls(rules["inputs"], rules["gates"], said["requested"], factors, said["settings"])
+        except KeyError as error:
+            raise CheckpointError(f"{file} lacks its part {error}; calibrate again") from None
 
 
 def _described(selection: Selection) -> dict[str, Any]:

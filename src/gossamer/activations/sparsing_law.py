@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.base import install, prepared, run_over
 from gossamer.activations.budgets import largest_within
+from gossamer.activations.installed import Installed
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK, column_norms
 from gossamer.core.registry import register
@@ -236,6 +237,9 @@ def middle_activations(
     finally:
         for handle in handles:
             handle.remove()
+    unused = next((name for name, parts in found.items() if not sum(map(len, parts))), None)
+    if unused is not None:
+        raise CalibrationError(f"{unused} never ran on the calibration data; give data that use it")
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -271,12 +275,12 @@ class PPLBudget:
         self.rules_ = ppl_p_sparsity(model, data, self.p, progress=progress).rules
         return self.rules_
 
-    def install(self, model: nn.Module, rules: ActivationRules | None = None) -> Any:
+    def install(self, model: nn.Module, rules: ActivationRules | None = None, kernels: bool = False) -> Installed:
         """Put the rules to work; see :meth:`gossamer.activations.base.ActivationSparsifier.install`."""
         found = rules if rules is not None else getattr(self, "rules_", None)
         if found is None:
             raise CalibrationError("PPLBudget has no rules yet; call calibrate(model, data) first")
-        return install(model, found, self.dense_prefill)
+        return install(model, found, self.dense_prefill, kernels)
 
 
 Form = Literal["relu", "silu", "constant"]
@@ -360,7 +364,7 @@ def fit_sparsing_law(data: Sequence[float], ratio: Sequence[float], form: Form =
     best: tuple[float, np.ndarray] | None = None
     generator = np.random.default_rng(0)
     for _ in range(_STARTS):
-        start = [generator.uniform(a, min(b, a + 3)) for a, b in zip(low, high)]
+        start = [generator.uniform(max(a, -3.0), min(b, 3.0)) for a, b in zip(low, high)]
         try:
             found, _ = curve_fit(law, amounts / unit, values, start, bounds=(low, high), maxfev=20_000)
         except RuntimeError:  # one starting point may lead nowhere

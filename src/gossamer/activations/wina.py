@@ -14,7 +14,7 @@ from gossamer.core.channel_rules import ChannelRule, Selection, column_norms
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, UnknownNameError
-from gossamer.models.activation_sites import ROLES, InputSite, SiteRole
+from gossamer.models.activation_sites import ROLES, InputSite, SiteRole, find_input_sites
 from gossamer.models.rotation import is_rotated
 
 
@@ -32,8 +32,9 @@ class Wina(ActivationSparsifier):
 
     What dropping channels costs, ‖W x − W (m ⊙ x)‖², is the sum of (x_j ‖W[:, j]‖)² over them if the columns are
     orthogonal, so that keeping the largest scores is the best choice there is. In a model rotated by
-    :func:`gossamer.models.rotation.orthogonalise` the key and gate matrices have such columns, and only they are
-    scored by norm, the other layers by magnitude; in any other model, all layers are scored by norm.
+    :func:`gossamer.models.rotation.orthogonalise` the key and gate matrices have such columns (or those that they are
+    fused with, or the one that widens where there is no gate), and only they are scored by norm, the other layers by
+    magnitude; in any other model, all layers are scored by norm.
 
     Parameters
     ----------
@@ -58,8 +59,11 @@ class Wina(ActivationSparsifier):
     def sites(self, model: nn.Module) -> list[InputSite]:  # noqa: D102
         if self.norm_sites is not None:
             self._by_norm: Sequence[SiteRole] = self.norm_sites
+        elif not is_rotated(model):
+            self._by_norm = ROLES
         else:
-            self._by_norm = ("k", "gate") if is_rotated(model) else ROLES
+            gated = any(site.role == "gate" for site in find_input_sites(model))
+            self._by_norm = ("k", "qkv", "gate", "gate_up") if gated else ("k", "qkv", "gate_up", "up")
         return super().sites(model)
 
     def scale(self, site: InputSite) -> Tensor | None:  # noqa: D102

@@ -89,6 +89,8 @@ class MagnitudeHistogram:
 
     def share_up_to(self, threshold: float) -> float:
         """Share of the entries at most `threshold`, to the width of a bin."""
+        if threshold == float("inf"):
+            return 1.0
         index = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32)) >> _SHIFT
         low, high = edge(index), edge(index + 1)
         within = 1.0 if self._coarse else (threshold - low) / (high - low)

@@ -18,7 +18,7 @@ class WeightsRead:
     Attributes
     ----------
     read
-        Weights read, the output head included; of the input embedding, one row.
+        Weights of matrices read, the output head included; not the one row of the input embedding, norms and biases.
     total
         Weights that a dense token reads.
     treated

@@ -147,17 +147,38 @@ def find_input_sites(
     return chosen
 
 
-def find_gate_sites(model: nn.Module) -> list[GateSite]:
-    """The activation functions of all feed-forward layers, in the order in which the model defines them.
+def find_gate_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[GateSite]:
+    """The activation functions of feed-forward layers, in the order in which the model defines them.
+
+    Parameters
+    ----------
+    model
+        A decoder or encoder, from Hugging Face or plain.
+    include, exclude
+        Globs on the names of feed-forward layers.
 
     Raises
     ------
     TargetError
-        If the model has no feed-forward layer.
+        If no feed-forward layer is left.
     ModelError
-        If a layer computes its activation without a module of its own.
+        If a layer computes its activation without a module of its own, or shares that with another.
     """
-    return [gate_site(layer) for layer in find_feed_forwards(model)]
+    layers = find_feed_forwards(model)
+    chosen = [layer for layer in layers if _matches(layer.name, include) and not _matches(layer.name, exclude)]
+    if not chosen:
+        raise TargetError(
+            f"no feed-forward layer of {type(model).__name__} matches include={list(include)} exclude={list(exclude)}; "
+            f"they have names such as {layers[0].name!r}"
+        )
+    sites = [gate_site(layer) for layer in chosen]
+    owners: dict[int, str] = {}
+    for site in sites:
+        if (other := owners.setdefault(id(site.activation), site.name)) != site.name:
+            raise ModelError(
+                f"{other} and {site.name} share one module for their activation function; give each its own"
+            )
+    return sites
 
 
 def gate_site(layer: FeedForward) -> GateSite:
@@ -240,13 +261,14 @@ def _run(layer: FeedForward, noise: Tensor) -> Tensor:
     """What the matrix that maps back receives."""
     seen: list[Tensor] = []
     handle = layer.down.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    training = layer.module.training
+    training = [module for module in layer.module.modules() if module.training]
     layer.module.eval()
     try:
         call_container(layer.module, noise)
     finally:
         handle.remove()
-        layer.module.train(training)
+        for module in training:
+            module.training = True
     return seen[0]
 
 

@@ -254,7 +254,7 @@ def _turn_output(module: nn.Module, basis: Tensor) -> None:
 
 def _rotate_skip(half: _Half, matrix: Tensor) -> None:
     """Add what the rotated skip has more than the plain one to what the half writes to the stream."""
-    change = matrix - torch.eye(len(matrix), dtype=matrix.dtype)
+    change = matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     stream: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> None:

@@ -81,7 +81,6 @@ class ActivationJob:
                 orthogonalise(loaded.model)
             chosen = create(self.method, **self.parameters)
             rules = chosen.calibrate(loaded.model, self.calibration.batches(loaded.tokenizer))
-            rules.settings["rotated"] = self.rotate
             rules.save(directory / "rules.safetensors")
             record = self._record(loaded, chosen, rules)
             record["seconds"] = {"whole job": time.perf_counter() - started}
@@ -125,7 +124,7 @@ class ActivationJob:
             },
             "dense": {"perplexity": words.value, "perplexity_error": words.standard_error},
             "sparse": {"perplexity": sparse.value, "perplexity_error": sparse.standard_error, "density": read.share},
-            "activations": self._activations(rules, realised, read),
+            "activations": _shares(model, rules, realised, read),
             "layers": layers,
             "curve": self._curve(model, tokenizer, chosen, words.value),
             "engines": [],
@@ -139,19 +138,9 @@ class ActivationJob:
             "notes": _notes(read, chosen.dense_prefill, rules, realised),
         }
 
-    def _activations(self, rules: ActivationRules, realised: dict[str, float], read: WeightsRead) -> dict[str, Any]:
-        asked = [rules.requested[name] for name in realised if name in rules.requested]
-        return {
-            "requested": sum(asked) / len(asked) if asked else None,
-            "realised": sum(realised.values()) / len(realised),
-            "weights_read": read.share,
-            "dense_share": read.dense_share,
-            "decode_limit": 1 / read.share,
-        }
-
     def _curve(self, model: nn.Module, tokenizer: Any, chosen: Any, dense: float) -> list[dict[str, Any]]:
         """Perplexity against sparsity on a shorter text, where the method can take another sparsity."""
-        if not self.curve or not hasattr(chosen, "at") or getattr(chosen, "allocation", "uniform") != "uniform":
+        if not self.curve or not hasattr(chosen, "at") or not _is_uniform(chosen):
             return []
         wanted = chosen.sparsity
         ids = dataclasses.replace(self.evaluation, tokens=min(2048, self.evaluation.tokens)).ids(tokenizer)
@@ -165,6 +154,26 @@ class ActivationJob:
                 points.append({"method": self.method, "sparsity": sparsity, "perplexity": measured()})
         chosen.at(wanted)
         return points
+
+
+def _is_uniform(chosen: Any) -> bool:
+    return getattr(chosen, "allocation", "uniform") == "uniform" and getattr(chosen, "alpha", 1) != "search"
+
+
+def _shares(
+    model: nn.Module, rules: ActivationRules, realised: dict[str, float], read: WeightsRead
+) -> dict[str, float | None]:
+    """What was asked for and what was realised, means weighted by the sizes of the layers; and what a token reads."""
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in realised}
+    asked = [name for name in realised if name in rules.requested]
+    total = sum(sizes[name] for name in asked)
+    return {
+        "requested": sum(rules.requested[name] * sizes[name] for name in asked) / total if asked else None,
+        "realised": sum(share * sizes[name] for name, share in realised.items()) / sum(sizes.values()),
+        "weights_read": read.share,
+        "dense_share": read.dense_share,
+        "decode_limit": 1 / read.share,
+    }
 
 
 def check_method(name: str) -> None:
