@@ -9,7 +9,7 @@ STAMP := $(VENV)/.ready
 setup: $(STAMP)
 
 # torch first, and by exact version: a range would bring gigabytes of CUDA libraries where there is no GPU
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml native/CMakeLists.txt $(wildcard native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,recovery]'
