@@ -33,6 +33,7 @@ def quietly(items, description):
     return iter(items)
 
 
+@pytest.mark.slow  # half a minute: it trains, decodes in every way, and does it twice
 def test_sirius_goes_through_every_case_and_leaves_the_model_as_it_was(tiny):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     small = {
