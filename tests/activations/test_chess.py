@@ -141,6 +141,8 @@ def test_thresholds_for_kernels_cover_inputs_and_gates(tiny_llama, batches):
 def test_bad_settings_and_models_are_refused(batches):
     with pytest.raises(ConfigurationError, match="attention is 'half'"):
         Chess(attention="half")
+    with pytest.raises(ConfigurationError, match="counts no norms"):
+        Chess(use_down_norm=True, channel_thresholds=False)
     with pytest.raises(ConfigurationError, match="allocation is 'greedy'"):
         Chess(allocation="greedy")
 

@@ -42,6 +42,9 @@ def test_the_job_ends_in_rules_a_record_and_a_page_that_agree(source, tmp_path):
     assert json.loads((tmp_path / "out" / "record.json").read_text())["activations"] == record["activations"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "sparse activations by teal" in page
+    assert "of its weights for a token" in page
+    assert "weights removed" not in page
+    assert "Channels that a token skips" in page
     model = gossamer.load(str(source[0]), dtype="float32")
     ids = Evaluation(str(source[1]), 128, 64, 64).ids(model.tokenizer)
     rules = ActivationRules.load(tmp_path / "out" / "rules.safetensors")

@@ -64,6 +64,10 @@ class Chess(ActivationSparsifier):
         super().__post_init__()
         if self.attention not in _ATTENTION_ROLES:
             raise ConfigurationError(f"attention is {self.attention!r}; it must be selective, all or none")
+        if self.use_down_norm and not self.channel_thresholds:
+            raise ConfigurationError(
+                "use_down_norm is True, but one threshold for all channels counts no norms; drop one"
+            )
         if self.allocation != "uniform":
             raise ConfigurationError(
                 f"allocation is {self.allocation!r}; CHESS has one sparsity for all layers: uniform"

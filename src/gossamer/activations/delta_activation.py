@@ -10,6 +10,7 @@ nothing, until the loss of the task objects.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ _LEAST = 1e-6  # of θ, by which values are divided
 _SMOOTH = 1e-2  # ε of penalties that have one; a change is at least a step
 
 
-class TemporalActivation(nn.Module):
+class TemporalActivation(nn.Module, ABC):
     """An activation that knows which of its inputs are successive frames.
 
     Attributes
@@ -54,13 +55,13 @@ class TemporalActivation(nn.Module):
             return self.clip(x.unflatten(0, (-1, self.clip_length))).flatten(0, 1)
         return self.clip(x)
 
+    @abstractmethod
     def clip(self, x: Tensor) -> Tensor:
         """States of whole clips ``(batch, time, …)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """State after a frame ``(batch, …)`` from that before."""
-        raise NotImplementedError
 
 
 @register(

@@ -6,6 +6,7 @@ in z from the first frame on and never added again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from gossamer.kernels.native import available
 _FEW = 0.05  # share of live inputs below which a convolution is cheaper from its nonzeros, one by one
 
 
-class DeltaLayer(nn.Module):
+class DeltaLayer(nn.Module, ABC):
     """What both kinds of layers remember from frame to frame.
 
     Attributes
@@ -48,13 +49,13 @@ class DeltaLayer(nn.Module):
         """Forget the frames so far; the next one is the first."""
         self.state, self.received, self._frames = None, None, 0
 
+    @abstractmethod
     def dense(self, x: Tensor) -> Tensor:
         """The layer with its bias, on states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, delta: Tensor, state: Tensor) -> Tensor:
         """``z + W d``; the old state may be overwritten."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, delta: Tensor) -> Tensor:

@@ -87,15 +87,6 @@ class MagnitudeHistogram:
             return low + share * (high - low)
         return low if share >= 0.5 else edge(index - 1) if index else None
 
-    def share_up_to(self, threshold: float) -> float:
-        """Share of the entries at most `threshold`, to the width of a bin."""
-        if threshold == float("inf"):
-            return 1.0
-        index = int(torch.tensor(threshold, dtype=torch.float32).view(torch.int32)) >> _SHIFT
-        low, high = edge(index), edge(index + 1)
-        within = 1.0 if self._coarse else (threshold - low) / (high - low)
-        return (int(self.counts[:index].sum()) + within * int(self.counts[index])) / max(1, self.total)
-
     def check(self) -> None:
         """Raise if nothing was counted, or something that is not a number."""
         if not self.total:

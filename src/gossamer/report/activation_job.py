@@ -44,8 +44,6 @@ class ActivationJob:
         Whether to turn the model first so that keys and gates have orthogonal columns.
     curve
         Sparsities of the quality curve; empty leaves it out.
-    dense_prefill
-        Share of each prompt that stays dense.
     """
 
     source: str
@@ -72,6 +70,7 @@ class ActivationJob:
             If the output directory is in use.
         """
         check_method(self.method)
+        chosen = create(self.method, **self.parameters)
         started = time.perf_counter()
         with atomic_directory(self.output, overwrite=self.overwrite) as directory:
             loaded = load(self.source, dtype="float32")
@@ -79,7 +78,6 @@ class ActivationJob:
                 self.say(loaded.licence)
             if self.rotate:
                 orthogonalise(loaded.model)
-            chosen = create(self.method, **self.parameters)
             rules = chosen.calibrate(loaded.model, self.calibration.batches(loaded.tokenizer))
             rules.save(directory / "rules.safetensors")
             record = self._record(loaded, chosen, rules)
@@ -123,10 +121,10 @@ class ActivationJob:
                 "settings": rules.settings,
             },
             "dense": {"perplexity": words.value, "perplexity_error": words.standard_error},
-            "sparse": {"perplexity": sparse.value, "perplexity_error": sparse.standard_error, "density": read.share},
+            "sparse": {"perplexity": sparse.value, "perplexity_error": sparse.standard_error},
             "activations": _shares(model, rules, realised, read),
             "layers": layers,
-            "curve": self._curve(model, tokenizer, chosen, words.value),
+            "curve": self._curve(model, tokenizer, chosen),
             "engines": [],
             "generations": [
                 {"prompt": prompt, "dense": before, "sparse": after}
@@ -138,7 +136,7 @@ class ActivationJob:
             "notes": _notes(read, chosen.dense_prefill, rules, realised),
         }
 
-    def _curve(self, model: nn.Module, tokenizer: Any, chosen: Any, dense: float) -> list[dict[str, Any]]:
+    def _curve(self, model: nn.Module, tokenizer: Any, chosen: Any) -> list[dict[str, Any]]:
         """Perplexity against sparsity on a shorter text, where the method can take another sparsity."""
         if not self.curve or not hasattr(chosen, "at") or not _is_uniform(chosen):
             return []

@@ -42,6 +42,7 @@ MAPPINGS = (
     "method",
     "dense",
     "sparse",
+    "activations",
     "limit",
     "calibration",
     "evaluation",
@@ -96,7 +97,10 @@ def headline(record: Mapping, found: Mapping[str, Comparison]) -> str:
     """Put the run into one sentence of plain words."""
     density = number(record["sparse"].get("density"))
     name, removed = record["model"]["name"], None if density is None else 1 - density
-    if removed is None:
+    read = number((record.get("activations") or {}).get("weights_read"))
+    if read is not None:
+        subject = f"{name} reading {100 * read:.3g}% of its weights for a token"
+    elif removed is None:
         subject = f"{name} made sparse with {record['method']['name']}"
     else:
         near = min(SHARES, key=lambda share: abs(share - removed))
