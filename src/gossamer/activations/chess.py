@@ -66,7 +66,7 @@ class Chess(ActivationSparsifier):
             raise ConfigurationError(f"attention is {self.attention!r}; it must be selective, all or none")
         if self.use_down_norm and not self.channel_thresholds:
             raise ConfigurationError(
-                "use_down_norm is True, but one threshold for all channels counts no norms; drop one"
+                "use_down_norm is set, but a single threshold counts no norms; drop one of them"
             )
         if self.allocation != "uniform":
             raise ConfigurationError(
