@@ -65,9 +65,7 @@ class Chess(ActivationSparsifier):
         if self.attention not in _ATTENTION_ROLES:
             raise ConfigurationError(f"attention is {self.attention!r}; it must be selective, all or none")
         if self.use_down_norm and not self.channel_thresholds:
-            raise ConfigurationError(
-                "use_down_norm is set, but a single threshold counts no norms; drop one of them"
-            )
+            raise ConfigurationError("use_down_norm is set, but a single threshold counts no norms; drop one of them")
         if self.allocation != "uniform":
             raise ConfigurationError(
                 f"allocation is {self.allocation!r}; CHESS has one sparsity for all layers: uniform"
