@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from benchmarks.harness import Options, Row, main, paired
 from gossamer import calibration_batches, load, read_text
-from gossamer.activations.base import observe_magnitudes, run_over
+from gossamer.activations.base import observe_magnitudes
 from gossamer.core.channel_rules import column_norms
 from gossamer.measure import interleave
+from gossamer.measure.runs import run_over
 from gossamer.models.activation_sites import find_input_sites
 
 BAR = 1 / 1.10

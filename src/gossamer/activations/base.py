@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.activations.budgets import GreedyAllocation, largest_within
@@ -20,11 +19,10 @@ from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
-from gossamer.core.progress import track
 from gossamer.core.selection import dropped_count
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError, check_sparsity
 from gossamer.measure.perplexity import perplexity
-from gossamer.measure.windows import evaluation_mode
+from gossamer.measure.runs import prepared, run_over
 from gossamer.models.activation_sites import (
     ROLES,
     GateSite,
@@ -33,7 +31,7 @@ from gossamer.models.activation_sites import (
     find_gate_sites,
     find_input_sites,
 )
-from gossamer.models.blocks import Batch, run_batch, without_padding
+from gossamer.models.blocks import Batch
 from gossamer.models.rotation import is_rotated
 
 Gate = Literal["threshold", "topk"]
@@ -264,22 +262,6 @@ def by_top_k(width: int, sparsity: float) -> Selection:
     return Everything() if dropped == 0 else TopK(width - dropped)
 
 
-def prepared(data: Iterable[Batch]) -> list[Batch]:
-    """Batches without padding, as a list.
-
-    Raises
-    ------
-    CalibrationError
-        If there are none, or a single batch instead of several.
-    """
-    if isinstance(data, Tensor | Mapping):
-        raise CalibrationError("the calibration data is one batch; give a list of batches, such as [data]")
-    batches = [part for batch in data for part in without_padding(batch)]
-    if not batches:
-        raise CalibrationError("the calibration data is empty: at least one batch is needed")
-    return batches
-
-
 def observe_magnitudes(
     model: nn.Module,
     data: Sequence[Batch],
@@ -328,42 +310,3 @@ def observe_magnitudes(
         for handle in handles:
             handle.remove()
     return {site.name: found.get(site.name, MagnitudeHistogram(site.name)) for site in sites}
-
-
-def run_over(model: nn.Module, data: Sequence[Batch], title: str, progress: bool = True) -> None:
-    """Call the model with every batch, without gradients and in evaluation mode.
-
-    Raises
-    ------
-    CalibrationError
-        If a batch is not ``(batch, tokens)`` ids of the model's vocabulary.
-    """
-    for batch in data:
-        _check_ids(model, batch)
-    with evaluation_mode(model), torch.no_grad():
-        for batch in track(data, title, enabled=progress):
-            run_batch(model, batch)
-
-
-def _check_ids(model: nn.Module, batch: Batch) -> None:
-    """Refuse what a language model cannot read, before it fails somewhere inside."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(config, "vocab_size", None)
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if getattr(model, "main_input_name", None) != "input_ids" or not isinstance(vocabulary, int) or ids is None:
-        return
-    if isinstance(ids, str):
-        raise CalibrationError("the calibration data is text; make token ids of it with the model's tokenizer")
-    if not isinstance(ids, Tensor):
-        return
-    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
-        raise CalibrationError(
-            f"a batch of calibration data is {tuple(ids.shape)} {ids.dtype}; give token ids, (batch, tokens) int64"
-        )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise CalibrationError(
-            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}; make the tokens "
-            f"with this model's own tokenizer"
-        )

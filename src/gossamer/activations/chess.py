@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.base import ActivationSparsifier, by_threshold, observe_magnitudes, prepared, run_over
+from gossamer.activations.base import ActivationSparsifier, by_threshold, observe_magnitudes
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, column_norms
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, ModelError
+from gossamer.measure.runs import prepared, run_over
 from gossamer.models.activation_sites import GateSite, InputSite, SiteRole, find_gate_sites, find_input_sites
 from gossamer.models.blocks import Batch
 from gossamer.models.rotation import is_rotated

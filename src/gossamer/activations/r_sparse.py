@@ -15,7 +15,6 @@ from gossamer.activations.base import (
     by_threshold,
     install,
     observe_magnitudes,
-    prepared,
 )
 from gossamer.activations.evolution import Evolution
 from gossamer.activations.rules import ActivationRules, LowRank
@@ -25,6 +24,7 @@ from gossamer.core.progress import track
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError, SparsityError, check_sparsity
 from gossamer.measure.perplexity import perplexity
+from gossamer.measure.runs import prepared
 from gossamer.models.activation_sites import InputSite
 from gossamer.models.blocks import Batch
 from gossamer.models.rotation import is_rotated

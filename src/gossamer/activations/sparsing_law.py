@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
-from gossamer.activations.base import install, prepared, run_over
+from gossamer.activations.base import install
 from gossamer.activations.budgets import largest_within
 from gossamer.activations.installed import Installed
 from gossamer.activations.rules import ActivationRules
@@ -20,6 +20,7 @@ from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Thre
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.measure.perplexity import perplexity
+from gossamer.measure.runs import prepared, run_over
 from gossamer.models.activation_sites import GateSite, InputSite, find_gate_sites, find_input_sites
 from gossamer.models.blocks import Batch
 

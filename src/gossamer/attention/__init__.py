@@ -1,0 +1,1 @@
+"""Zeros in attention: read only the context that matters."""

@@ -1,0 +1,277 @@
+"""Attention of any Hugging Face model, taken over by a function of ours and given back.
+
+Models compute attention through a function that they look up by name in transformers' ``AttentionInterface``. A model
+is taken over by giving it another name, under which our function stands; no code of any model is copied or replaced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gossamer.errors import ConfigurationError, ModelError
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What one layer's attention is called with.
+
+    Attributes
+    ----------
+    layer
+        Index of the layer.
+    query
+        ``(batch, heads, queries, size)``, with rotary positions applied where the model has them.
+    key, value
+        ``(batch, key heads, keys, size)``, the cache included; heads are a multiple of key heads.
+    scale
+        What scores are multiplied by.
+    causal
+        Whether query i reads only keys j ≤ i + keys − queries.
+    window
+        How many keys up to its own a query reads at most; None for all.
+    key_mask
+        Bool ``(batch, keys)``, False at padding; None if there is none.
+    module
+        The attention module of the model, if there is one.
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    key_mask: Tensor | None = None
+    module: nn.Module | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """``decode`` for a single query of a causal model, else ``prefill``."""
+        return "decode" if self.causal and self.query.shape[2] == 1 else "prefill"
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def slides(self) -> bool:
+        """Whether the window is shorter than what there is to read."""
+        return self.window is not None and self.window < self.key.shape[2]
+
+    def links(self) -> Tensor | None:
+        """Which keys each query may read, bool ``(batch or 1, 1, queries, keys)``; None for all."""
+        return _links(
+            self.query.shape[2], self.key.shape[2], self.causal, self.window, self.key_mask, self.query.device
+        )
+
+    def dense(self) -> Tensor:
+        """Attention over everything that is allowed, by torch: ``(batch, heads, queries, value size)``.
+
+        Queries without a key, which are padding, get zeros.
+        """
+        square = self.query.shape[2] == self.key.shape[2]
+        plain = self.causal and square and not self.slides and self.key_mask is None
+        links = None if plain else self.links()
+        found = nn.functional.scaled_dot_product_attention(
+            self.query, self.key, self.value, links, is_causal=plain, scale=self.scale, enable_gqa=self.group > 1
+        )
+        if self.key_mask is None or links is None:
+            return found
+        return torch.where(links.any(-1, keepdim=True), found, 0)
+
+
+class AttentionSite:
+    """A model whose attention is computed by a function, from the moment this is made until :meth:`remove`.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face model, or any module that holds some.
+    attend
+        Gets every call, and returns ``(batch, heads, queries, value size)`` or None for dense attention.
+
+    Raises
+    ------
+    ModelError
+        If the model does not look its attention up by name, or is taken over already.
+    """
+
+    def __init__(self, model: nn.Module, attend: Callable[[AttentionCall], Tensor | None]):
+        self._configs = _configurations(model)
+        if any(config._attn_implementation == _NAME for config, _ in self._configs):
+            raise ModelError("another attention method is at work in this model; call its remove() first")
+        self.attend = attend
+        self._parsed: Any = WeakTensorKeyDictionary()
+        self._layers: dict[int, int] = {}
+        _register()
+        for config, _ in self._configs:
+            config._attn_implementation_internal = _NAME
+        for module in model.modules():
+            _SITES[module] = self
+
+    def remove(self) -> None:
+        """Give the model its own attention back; a second call does nothing."""
+        for config, earlier in self._configs:
+            config._attn_implementation_internal = earlier
+        self._configs = []
+        for module in [module for module, site in _SITES.items() if site is self]:
+            del _SITES[module]
+
+    def layer(self, module: nn.Module) -> int:
+        """Index of an attention module: what it says itself, or the order in which modules are first called."""
+        index = getattr(module, "layer_idx", None)
+        return index if isinstance(index, int) else self._layers.setdefault(id(module), len(self._layers))
+
+    def read(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        window: int | None,
+        causal: bool | None,
+    ) -> AttentionCall | None:
+        """What the model asks for; None if it is a mask that only dense attention can follow."""
+        causal = bool(getattr(module, "is_causal", True)) if causal is None else causal
+        if causal and mask is None and 1 < query.shape[2] < key.shape[2]:
+            # the empty rest of a cache of fixed size
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        call = AttentionCall(
+            self.layer(module), query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, causal, window
+        )
+        call = replace(call, module=module)
+        if mask is None:
+            return call
+        if mask not in self._parsed:
+            self._parsed[mask] = _parse(mask, query.shape[2], causal, window)
+        parsed = self._parsed[mask]
+        if parsed is None:
+            return None
+        real, length = parsed
+        return replace(call, key=key[:, :, :length], value=value[:, :, :length], key_mask=real)
+
+
+_NAME = "gossamer"
+_SITES: weakref.WeakKeyDictionary[nn.Module, AttentionSite] = weakref.WeakKeyDictionary()
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it; the result is ``(batch, queries, heads, value size)``."""
+    site = _SITES.get(module)
+    if site is None:
+        raise ModelError(
+            f"a {type(module).__name__} computes attention under the name {_NAME!r} but no method is at work in it; "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    if dropout > 0:
+        raise ModelError(f"attention dropout is {dropout}; sparse attention has none: set it to 0 in the configuration")
+    for unknown in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unknown) is not None:
+            raise ModelError(f"{type(module).__name__} asks for {unknown}, which sparse attention does not know")
+    call = site.read(module, query, key, value, attention_mask, scaling, sliding_window, is_causal)
+    found = site.attend(call) if call is not None else None
+    if found is not None:
+        return found.transpose(1, 2).contiguous(), None
+    if call is not None:
+        return call.dense().transpose(1, 2).contiguous(), None
+    dense = nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return dense.transpose(1, 2).contiguous(), None
+
+
+def _configurations(model: nn.Module) -> list[tuple[Any, str]]:
+    """Configurations of all models within, with the names of their attention."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        found: list[Any] = []
+    else:
+        found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} is not a Hugging Face model; call the method itself in place of "
+            "scaled_dot_product_attention"
+        )
+    for module in found:
+        if not module._can_set_attn_implementation():
+            raise ModelError(
+                f"{type(module).__name__} does not look its attention up by name, so it cannot be replaced"
+            )
+    configs = {id(module.config): module.config for module in found}
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _links(
+    queries: int, keys: int, causal: bool, window: int | None, real: Tensor | None, device: torch.device
+) -> Tensor | None:
+    if not causal and window is not None:
+        raise ConfigurationError("a window is for causal attention; leave it out")
+    links = None
+    if causal and (queries > 1 or (window is not None and window < keys)):
+        place = torch.arange(queries, device=device)[:, None] + (keys - queries)
+        key = torch.arange(keys, device=device)
+        links = key <= place
+        if window is not None:
+            links &= key > place - window
+        links = links[None, None]
+    if real is not None:
+        padding = real[:, None, None, :]
+        links = padding if links is None else links & padding
+    return links
+
+
+def _parse(mask: Tensor, queries: int, causal: bool, window: int | None) -> tuple[Tensor | None, int] | None:
+    """Which keys are real, and how many the cache holds; None if the mask is more than causality and padding."""
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    if seen.dim() != 4 or seen.shape[1] != 1:
+        return None
+    real = seen[:, 0].any(1)
+    anyone = real.any(0).nonzero()
+    length = int(anyone[-1]) + 1 if len(anyone) else 0
+    if length < queries:
+        return None
+    real = real[:, :length]
+    expected = _links(queries, length, causal, window if causal else None, real, mask.device)
+    if not bool((seen[..., :length] == expected).all()):
+        return None
+    whole = bool(real.all()) or (window is not None and not bool(_padding(real, queries, window).any()))
+    return (None if whole else real), length
+
+
+def _padding(real: Tensor, queries: int, window: int) -> Tensor:
+    """Keys that are not real although some query's window reaches them."""
+    first = max(real.shape[1] - queries - window + 1, 0)
+    return ~real[:, first:]
