@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 _CHECKS = """
 import torch
 from gossamer.core.patterns import NM
+from gossamer.kernels.integer import IntegerBitmaskMatrix, IntegerDenseMatrix
 from gossamer.kernels.kinds import pack
+from gossamer.kernels.matrix import round_inputs
 from gossamer.kernels.nibbles import NibbleMatrix
 from gossamer.kernels.nm import NMMatrix
 from gossamer.kernels.products_triton import linear
@@ -33,6 +35,8 @@ def check(matrix, batch):
         x = torch.randn(batch, columns, generator=generator).to(dtype)
         y = linear(matrix, x, bias)
         assert y.dtype == dtype and y.shape == (batch, rows)
+        if matrix.activations == "int8":
+            x = round_inputs(x)
         wanted = x.double() @ dense.t() + bias.double()
         # a term is at most as large as its two parts, of which four-bit weights with offsets have two
         sizes = x.double().abs() @ (dense.abs() + 16 * dense.abs().amax()).t() + bias.double().abs()
@@ -55,6 +59,9 @@ for rows, columns, density, batch in shapes:
         padded = torch.nn.functional.pad(weight, (0, -columns % m))
         pruned = (padded * NM(n, m).select(padded.abs()))[:, :columns]
         check(NMMatrix.from_dense(pruned, format, NM(n, m), group), batch)
+    for group in (None, 64):
+        check(IntegerDenseMatrix.from_dense(weight, group=group), batch)
+        check(IntegerBitmaskMatrix.from_dense(weight, group=group), batch)
     for group, offsets in ((32, True), (64, False)):
         check(NibbleMatrix.from_dense(weight, group, offsets), batch)
 print("all products are right")

@@ -1,4 +1,4 @@
-"""Products with packed matrices on a GPU, in Triton: bitmasks, N:M, four-bit dense, single weights and blocks.
+"""Products with packed matrices on a GPU, in Triton: bitmasks, N:M, dense of four bits, single weights and blocks.
 
 One program makes the outputs of one row, panel or band for one vector: it goes through what is stored there from the
 first column to the last, so that a product always repeats to the bit. Weights of which nothing is stored are left out;
@@ -20,7 +20,8 @@ from gossamer.errors import ConfigurationError
 from gossamer.kernels.bitmask import BitmaskMatrix
 from gossamer.kernels.blocks import BlockMatrix
 from gossamer.kernels.groups_triton import check_call
-from gossamer.kernels.matrix import PackedMatrix
+from gossamer.kernels.integer import IntegerDenseMatrix
+from gossamer.kernels.matrix import PackedMatrix, rounded_codes, rounding
 from gossamer.kernels.nibbles import NibbleMatrix
 from gossamer.kernels.nm import NMMatrix
 
@@ -39,9 +40,11 @@ def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tenso
     Parameters
     ----------
     matrix
-        ``(rows, columns)``: a bitmask, N:M, four-bit dense, or of blocks of one column, single weights among them.
+        ``(rows, columns)``: a bitmask, N:M, four-bit dense, of blocks of one column, single weights among them, or one
+        of the two that round their inputs to int8.
     x
-        ``(…, columns)``, any floating dtype. Sums are formed in float32, and inputs are not rounded.
+        ``(…, columns)``, any floating dtype. Sums are formed in float32. Inputs are rounded only for matrices that are
+        packed for it, and for at most 64 vectors, as by the compiled kernels.
     bias
         ``(rows,)``.
 
@@ -65,6 +68,9 @@ def linear(matrix: PackedMatrix, x: Tensor, bias: Tensor | None = None) -> Tenso
     flat = x.reshape(math.prod(x.shape[:-1]), columns).contiguous()
     outputs = torch.zeros(len(flat), rows, dtype=torch.float32, device=x.device)
     if outputs.numel() and columns:
+        if matrix.activations == "int8" and matrix.rounds(len(flat)) and rounding():
+            codes, steps = rounded_codes(flat)
+            flat = (codes.unflatten(1, (-1, 32)) * steps[..., None]).flatten(1)[:, :columns].contiguous()
         launch(matrix, flat, outputs)
     if bias is not None:
         outputs += bias.float()
@@ -155,7 +161,25 @@ def _launch_nm(matrix: NMMatrix, x: Tensor, outputs: Tensor) -> None:
     )
 
 
+def _launch_integer_dense(matrix: IntegerDenseMatrix, x: Tensor, outputs: Tensor) -> None:
+    rows, columns = matrix.shape
+    scaled = matrix.scales is not None
+    _integer_rows[(-(-rows // _PANEL), len(x))](
+        matrix.values,
+        matrix.scales if scaled else matrix.values,
+        x,
+        outputs,
+        rows,
+        columns,
+        matrix.group if scaled else max(1, columns),
+        SCALED=scaled,
+        PANEL=_PANEL,
+        CHUNK=64,
+    )
+
+
 _LAUNCHES: dict[type[PackedMatrix], Callable[[Any, Tensor, Tensor], None]] = {
+    IntegerDenseMatrix: _launch_integer_dense,
     BitmaskMatrix: _launch_bitmask,
     NibbleMatrix: _launch_nibbles,
     NMMatrix: _launch_nm,
@@ -207,6 +231,33 @@ if triton is not None:
             total += weight * x
             following += tl.sum(counts, 0)
         tl.store(outputs + vector * rows + row, tl.sum(tl.sum(total, 1), 0))
+
+    @triton.jit
+    def _integer_rows(
+        steps,
+        scales,
+        inputs,
+        outputs,
+        rows,
+        columns,
+        group,
+        SCALED: tl.constexpr,
+        PANEL: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        panel, vector = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        row = panel * PANEL + tl.arange(0, PANEL)
+        runs = (columns + group - 1) // group
+        total = tl.zeros((PANEL, CHUNK), dtype=tl.float32)
+        for first in range(0, columns, CHUNK):
+            column = first + tl.arange(0, CHUNK)
+            there = (row < rows)[:, None] & (column < columns)[None, :]
+            weight = tl.load(steps + row[:, None] * columns + column[None, :], mask=there, other=0).to(tl.float32)
+            if SCALED:
+                weight *= tl.load(scales + row[:, None] * runs + (column // group)[None, :], mask=there, other=0)
+            x = tl.load(inputs + vector * columns + column, mask=column < columns, other=0).to(tl.float32)
+            total += weight * x[None, :]
+        tl.store(outputs + vector * rows + row, tl.sum(total, 1), mask=row < rows)
 
     @triton.jit
     def _nibble_panels(
