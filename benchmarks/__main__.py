@@ -3,6 +3,7 @@
 from benchmarks import (
     activation_calibration,
     activation_decode,
+    bdwp_products,
     kernels_activations,
     kernels_convolution,
     kernels_groups,
@@ -31,6 +32,7 @@ BENCHMARKS = (
     training_step,
     nm_training,
     mask_candidates,
+    bdwp_products,
     kernels_activations,
     activation_calibration,
     activation_decode,
