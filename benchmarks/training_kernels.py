@@ -36,7 +36,12 @@ def measure(options: Options) -> list[Row]:
             for batch in batches:
                 found += _products(out, inputs, sparsity, batch, rounds)
     side = 128 if options.quick else 4096
-    return [*found, *_masking(side, rounds), _exchange(side, 2 if options.quick else 5)]
+    return [
+        *found,
+        _fresh_memory(64 if options.quick else 4096, 2048, rounds),
+        *_masking(side, rounds),
+        _exchange(side, 2 if options.quick else 5),
+    ]
 
 
 def _products(out: int, inputs: int, sparsity: float, batch: int, rounds: int) -> list[Row]:
@@ -64,6 +69,18 @@ def _products(out: int, inputs: int, sparsity: float, batch: int, rounds: int) -
             paired(f"sparse training, {operation}", case, timings["ours"], peer, timings["theirs"], bar, limit)
         )
     return found
+
+
+def _fresh_memory(out: int, batch: int, rounds: int) -> Row:
+    """What it costs any product that its result is memory which the process has not touched yet."""
+    again = torch.empty(batch, out)
+    timings = interleave(
+        {"again": lambda: again.fill_(1.0), "fresh": lambda: torch.empty(batch, out).fill_(1.0)}, repeats=rounds
+    )
+    case = f"{batch} × {out} float32"
+    return paired(
+        "filling a result in memory used before", case, timings["again"], "in fresh memory", timings["fresh"], 0.0
+    )
 
 
 def _masking(side: int, rounds: int) -> list[Row]:

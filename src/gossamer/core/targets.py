@@ -76,7 +76,7 @@ class Target:
     def check_finite(self) -> None:
         """Raise :class:`NonFiniteError` naming this weight if it holds NaN or infinity."""
         weight = self.matrix()
-        if not torch.isfinite(weight.sum(dtype=torch.float64)):
+        if not torch.isfinite(weight.sum()):
             count = int((~torch.isfinite(weight)).sum())
             if count:
                 raise NonFiniteError(

@@ -252,15 +252,25 @@ class Topology:
             number = min(number, active)
             if not number > 0:
                 continue
-            left = _highest(self._below(name, scores or magnitude), active - number, f"scores of {name}")
-            wanted = grow(self, name).cpu().float()
-            fresh = _highest(wanted.masked_fill(left, -torch.inf), number, f"growth scores of {name}")
+            ranked = self._below(name, scores or magnitude)
+            left = _highest(ranked, active - number, f"scores of {name}")
+            # memory that is new to the process takes longer to touch than all else here, so it is used again
+            wanted = torch.where(left, ranked.new_tensor(-torch.inf), grow(self, name).cpu().float(), out=ranked)
+            fresh = _highest(wanted, number, f"growth scores of {name}")
             self.assign({name: left | fresh})
 
     def _below(self, name: str, measure: Scores) -> Tensor:
         """Scores under which what is inactive goes before anything that is active."""
-        self._target(name).check_finite()
-        return measure(self, name).cpu().float().masked_fill(~self.mask(name).cpu(), -torch.inf)
+        target = self._target(name)
+        target.check_finite()
+        inactive = ~self.mask(name).cpu()
+        found = measure(self, name).cpu().float()
+        # a magnitude is made for this; what the functions of others return may be something they keep
+        return (
+            found.masked_fill_(inactive, -torch.inf)
+            if measure is magnitude
+            else found.masked_fill(inactive, -torch.inf)
+        )
 
     def _record(self) -> None:
         active = sum(self.active(name) for name in self.targets)
