@@ -1,0 +1,84 @@
+"""What sparse attention costs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.table import Table
+
+from gossamer.cli.common import AsJson, Model, Overwrite, app, console, print_values
+from gossamer.errors import ConfigurationError
+
+Number = TypeVar("Number", int, float)
+
+
+@app.command("attention-eval")
+def attention_eval(
+    model: Model,
+    methods: Annotated[str | None, typer.Option(help="separated by commas; by default all")] = None,
+    sparsities: Annotated[str, typer.Option(help="shares of attention to leave out, in (0, 1)")] = "0.5,0.75,0.9",
+    lengths: Annotated[str, typer.Option(help="tokens of prompts")] = "1024",
+    tasks: Annotated[str, typer.Option(help="what is asked of the model")] = (
+        "needle,variable-tracking,common-words,story-retrieval"
+    ),
+    samples: Annotated[int, typer.Option(help="prompts for each task and length")] = 10,
+    seed: Annotated[int, typer.Option(help="of the prompts, which are the same for all methods")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="directory for rows and a picture; an interrupted run goes on")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts that are answered together")] = 1,
+    tolerance: Annotated[float, typer.Option(help="loss of accuracy that counts as safe")] = 0.05,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Sparse attention on tasks of long context: accuracy at equal sparsity, by method, length and phase."""
+    from gossamer.attention.budget_solver import RULES
+    from gossamer.attention.evaluation import evaluate_attention
+
+    found = evaluate_attention(
+        model,
+        tuple(RULES) if methods is None else _words(methods),
+        _numbers(sparsities, float, "sparsities"),
+        _numbers(lengths, int, "lengths"),
+        _words(tasks),
+        samples,
+        seed,
+        output,
+        batch_size=batch_size,
+        tolerance=tolerance,
+        overwrite=overwrite,
+        progress=not as_json,
+        say=(lambda line: None) if as_json else console.print,
+    )
+    if as_json:
+        print_values(found.to_dict(), as_json=True)
+        return
+    table = Table("method", "phase", "tokens", "sparsity", "realised", "accuracy", "dense", "safe")
+    for row in found.table():
+        table.add_row(
+            row["method"],
+            row["phase"],
+            str(row["length"]),
+            f"{row['sparsity']:.1%}",
+            f"{row['realised']:.1%}",
+            f"{row['accuracy']:.1%}",
+            f"{row['dense']:.1%}",
+            "yes" if row["safe"] else "no",
+        )
+    console.print(table)
+    if output is not None:
+        console.print(f"{output / 'attention.json'}, {output / 'attention.png'}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str, kind: Callable[[str], Number], name: str) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(word) for word in _words(text))
+    except ValueError:
+        raise ConfigurationError(f"{name} is {text!r}; give numbers separated by commas, such as 0.5,0.9") from None
