@@ -1,0 +1,1 @@
+"""Sparse features: dictionaries in which few atoms explain each activation."""
