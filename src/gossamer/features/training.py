@@ -1,0 +1,314 @@
+"""Training sparse autoencoders: several at a time on the same activations, seeded and resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.core.progress import track
+from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
+from gossamer.features.activation_rules import JumpReLU
+from gossamer.features.losses import ZipfFit, auxiliary_loss, fit_zipf, l1_penalty, reconstruction_loss, underuse
+from gossamer.features.sae import SAE, Explained
+from gossamer.storage.atomic import atomic_file
+
+Auxiliary = Literal["dead", "zipf", "none"]
+_VERSION = 1
+_FIT_EVERY = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How autoencoders are trained.
+
+    Parameters
+    ----------
+    steps
+        Batches.
+    batch_size
+        Activations of a batch.
+    learning_rate
+        Of Adam.
+    warmup, cooldown
+        Shares of the steps in which the rate rises from 0, and in the end falls to 0.
+    sparsity
+        Weight of the penalty on values, of rules that need one: the ℓ1 norm for ReLU, the number of active features
+        for JumpReLU. It rises during the first twentieth of the steps.
+    auxiliary
+        What keeps features alive: a loss on those that are ``dead``, on those that fall below a law of ``zipf``, or
+        ``none``.
+    auxiliary_weight, auxiliary_k
+        Its weight, and features of a token that take part; by default half of the size of an activation.
+    dead_after
+        Activations after which a feature that was active in none of them is dead.
+    memory
+        Of the running densities.
+    seed
+        Of the order of the activations.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 4096
+    learning_rate: float = 3e-4
+    warmup: float = 0.01
+    cooldown: float = 0.2
+    sparsity: float = 0.0
+    auxiliary: Auxiliary = "dead"
+    auxiliary_weight: float = 1 / 32
+    auxiliary_k: int | None = None
+    dead_after: int = 1_000_000
+    memory: float = 0.999
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.dead_after < 1:
+            raise ConfigurationError(
+                f"steps is {self.steps}, batch_size {self.batch_size}, dead_after {self.dead_after}; all must be 1 or "
+                "more"
+            )
+        if not self.learning_rate > 0 or self.sparsity < 0 or self.auxiliary_weight < 0:
+            raise ConfigurationError(
+                f"learning_rate is {self.learning_rate}, sparsity {self.sparsity}, auxiliary_weight "
+                f"{self.auxiliary_weight}; the first must be above 0, the others at least 0"
+            )
+        if not 0 <= self.warmup + self.cooldown <= 1 or min(self.warmup, self.cooldown) < 0:
+            raise ConfigurationError(f"warmup is {self.warmup} and cooldown {self.cooldown}; together at most 1")
+        if self.auxiliary not in ("dead", "zipf", "none"):
+            raise ConfigurationError(f"auxiliary is {self.auxiliary!r}; it must be dead, zipf or none")
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step."""
+        rising = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
+        falling = min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
+        return min(rising, falling)
+
+
+@dataclass(eq=False)
+class Learner:
+    """One autoencoder with its optimiser and what is known of its features.
+
+    Attributes
+    ----------
+    sae
+        The autoencoder.
+    density
+        Running share of the activations in which each feature is active.
+    silent
+        Activations since each feature was last active, int64.
+    history
+        Step, loss, fraction of variance unexplained, mean number of active features, and number of dead ones.
+    law
+        That densities follow, fitted anew every fifty steps where it is asked for.
+    """
+
+    sae: SAE
+    settings: TrainingSettings
+    optimizer: torch.optim.Optimizer
+    density: Tensor
+    silent: Tensor
+    history: list[dict[str, float]] = field(default_factory=list)
+    law: ZipfFit | None = None
+
+    @classmethod
+    def of(cls, sae: SAE, settings: TrainingSettings) -> Learner:
+        """Ready for the first step."""
+        optimizer = torch.optim.Adam(sae.parameters(), settings.learning_rate)
+        features = sae.n_features
+        return cls(sae, settings, optimizer, torch.zeros(features), torch.zeros(features, dtype=torch.int64))
+
+    @property
+    def dead(self) -> Tensor:
+        """Features that have been silent for too long, bool."""
+        return self.silent >= self.settings.dead_after
+
+    def step(self, number: int, x: Tensor, gradient: Tensor | None = None) -> dict[str, float]:
+        """Learn from a batch of activations ``(tokens, d_in)``; returns what is put into the history.
+
+        Raises
+        ------
+        NonFiniteError
+            If the loss is NaN or infinite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.settings.rate(number)
+        self.sae.train()
+        explained = self.sae(x, gradient)
+        # in units of the scaled activations, so that rates and weights mean the same for every model
+        loss = reconstruction_loss(explained.output, x) * self.sae.scale**2 / self.sae.d_in
+        loss = loss + self._penalty(number, explained) + self._auxiliary(number, x, explained)
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)} at step {number}; lower the learning rate")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.sae.straighten_gradient_()
+        self.optimizer.step()
+        self.sae.normalize_()
+        return self._note(number, x, explained, float(loss))
+
+    def _penalty(self, number: int, explained: Explained) -> Tensor | float:
+        if not self.settings.sparsity:
+            return 0.0
+        weight = self.settings.sparsity * min(1.0, (number + 1) / max(1.0, 0.05 * self.settings.steps))
+        rule = self.sae.activation
+        if isinstance(rule, JumpReLU):
+            return weight * rule.active(explained.before, explained.codes.indices).sum() / len(explained.codes)
+        return weight * l1_penalty(explained.codes, self.sae.decoder)
+
+    def _auxiliary(self, number: int, x: Tensor, explained: Explained) -> Tensor | float:
+        settings = self.settings
+        if settings.auxiliary == "none" or not settings.auxiliary_weight:
+            return 0.0
+        weight = self.dead.to(x.dtype)
+        if settings.auxiliary == "zipf":
+            if number % _FIT_EVERY == 0 and int((self.density > 0).sum()) >= 3:
+                self.law = fit_zipf(self.density)
+            if self.law is not None:
+                weight = underuse(self.density, self.law).to(x.dtype)
+        k = settings.auxiliary_k or max(1, self.sae.d_in // 2)
+        return settings.auxiliary_weight * auxiliary_loss(self.sae, x, explained, weight, k)
+
+    @torch.no_grad()
+    def _note(self, number: int, x: Tensor, explained: Explained, loss: float) -> dict[str, float]:
+        codes = explained.codes
+        active = torch.bincount(codes.indices[codes.values > 0], minlength=codes.width)
+        memory = self.settings.memory
+        known = memory if number else 0.0
+        self.density.mul_(known).add_(active.float() / len(x), alpha=1 - known)
+        self.silent = torch.where(active > 0, 0, self.silent + len(x))
+        unexplained = (explained.output - x).square().sum() / (x - x.mean(0)).square().sum()
+        return {
+            "step": float(number),
+            "loss": loss,
+            "unexplained": float(unexplained),
+            "active": float(active.sum()) / len(x),
+            "dead": float(self.dead.sum()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "density": self.density,
+            "silent": self.silent,
+            "history": self.history,
+            "law": None if self.law is None else asdict(self.law),
+            "settings": asdict(self.settings),
+            "made of": self.sae.settings(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another autoencoder or other settings.
+        """
+        if state.get("made of") != self.sae.settings() or state.get("settings") != asdict(self.settings):
+            raise CheckpointError("the checkpoint is of another autoencoder or other settings; begin in another place")
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.density, self.silent, self.history = state["density"].clone(), state["silent"].clone(), state["history"]
+        self.law = None if state["law"] is None else ZipfFit(**state["law"])
+
+
+Batches = Callable[[int], Iterator[Tensor]]
+"""``batches(begin)`` yields batches of activations from number `begin` on, such as those of a store."""
+
+
+def train(
+    saes: Mapping[str, SAE],
+    batches: Batches,
+    settings: TrainingSettings | Mapping[str, TrainingSettings],
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 500,
+    log_every: int = 50,
+    progress: bool = True,
+) -> dict[str, Learner]:
+    """Train autoencoders on the same batches.
+
+    Parameters
+    ----------
+    saes
+        Name → autoencoder, on the same size of activations; changed in place. :meth:`SAE.prepare` is called with the
+        first batch.
+    batches
+        Where activations come from: ``lambda begin: store.batches(4096, seed, begin)``.
+    settings
+        For all, or for each by name; all with the same number of steps.
+    checkpoint
+        File in which the state is kept; a run that finds one goes on from there, and ends as it would have without
+        the interruption.
+    every, log_every
+        Steps between checkpoints, and between entries of the history.
+    progress
+        Whether to show a progress bar.
+
+    Returns
+    -------
+    dict
+        Name → learner, with what is known of the features.
+
+    Raises
+    ------
+    ConfigurationError
+        If settings are missing or their steps differ.
+    CheckpointError
+        If the checkpoint is of other autoencoders, or damaged.
+    NonFiniteError
+        If an activation or a loss is NaN or infinite.
+    """
+    named = dict(settings) if isinstance(settings, Mapping) else dict.fromkeys(saes, settings)
+    missing = next((name for name in saes if name not in named), None)
+    if missing is not None or not saes:
+        raise ConfigurationError(
+            f"there are no settings for {missing!r}" if saes else "there is no autoencoder to train"
+        )
+    steps = {named[name].steps for name in saes}
+    if len(steps) != 1:
+        raise ConfigurationError(f"autoencoders on the same batches are trained for {sorted(steps)} steps; choose one")
+    learners = {name: Learner.of(sae, named[name]) for name, sae in saes.items()}
+    file = None if checkpoint is None else Path(checkpoint)
+    begin = _resumed(file, learners) if file is not None and file.exists() else 0
+    stream = batches(begin)
+    for number in track(range(begin, steps.pop()), "training features", enabled=progress):
+        x = next(stream)
+        for learner in learners.values():
+            if number == 0:
+                learner.sae.prepare(x)
+            noted = learner.step(number, x)
+            if number % log_every == 0:
+                learner.history.append(noted)
+        if file is not None and (number + 1) % every == 0:
+            _keep(file, number + 1, learners)
+    for learner in learners.values():
+        learner.sae.eval()
+    return learners
+
+
+def _keep(file: Path, done: int, learners: Mapping[str, Learner]) -> None:
+    states = {name: learner.state_dict() for name, learner in learners.items()}
+    with atomic_file(file) as part:
+        torch.save({"version": _VERSION, "done": done, "learners": states}, part)
+
+
+def _resumed(file: Path, learners: Mapping[str, Learner]) -> int:
+    try:
+        found = torch.load(file, weights_only=True)
+        version, done, states = found["version"], int(found["done"]), found["learners"]
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{file} is no checkpoint of this training ({error}); delete it") from error
+    if version != _VERSION:
+        raise CheckpointError(f"{file} is of version {version}, this gossamer reads {_VERSION}; update gossamer")
+    if set(states) != set(learners):
+        raise CheckpointError(f"{file} holds {sorted(states)} instead of {sorted(learners)}; choose another file")
+    for name, learner in learners.items():
+        learner.load_state_dict(states[name])
+    return done
