@@ -1,0 +1,90 @@
+"""Models with an edit in one place, and what an autoencoder there costs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.errors import CalibrationError, ModelError, UnknownNameError
+from gossamer.features.activation_rules import ReLU, TopK
+from gossamer.features.sae import SAE
+from gossamer.features.splicing import edited, evaluate_splice
+
+
+@pytest.fixture
+def documents():
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(1, 97, (length,), generator=generator) for length in (20, 33, 2)]
+
+
+class Through(SAE):
+    """Explains every activation perfectly: each number and its negative is a feature."""
+
+    def __init__(self, size):
+        super().__init__(size, 2 * size, ReLU())
+        with torch.no_grad():
+            both = torch.cat([torch.eye(size), -torch.eye(size)])
+            self.encoder.copy_(both)
+            self.decoder.copy_(both)
+
+
+def test_an_edit_acts_inside_only_and_from_its_token_on(tiny_llama):
+    ids = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = tiny_llama(ids).logits
+        with edited(tiny_llama, 1, lambda x: x + 1, skip_first=4):
+            inside = tiny_llama(ids).logits
+        assert inside[:, :4].allclose(before[:, :4], atol=1e-5)
+        assert not inside[:, 4:].allclose(before[:, 4:], atol=1e-3)
+        assert tiny_llama(ids).logits.equal(before)
+
+
+def test_a_perfect_autoencoder_loses_nothing(tiny_llama, documents):
+    report = evaluate_splice(tiny_llama, 1, Through(48).eval(), documents, progress=False)
+    assert report.spliced == pytest.approx(report.dense, abs=1e-5)
+    assert report.divergence == pytest.approx(0, abs=1e-6)
+    assert report.unexplained == pytest.approx(0, abs=1e-9)
+    assert report.recovered == pytest.approx(1, abs=1e-3)
+    assert report.active == pytest.approx(48, abs=1)
+    assert report.tokens == 19 + 32
+
+
+def test_losses_are_those_of_the_model_with_the_reconstruction_in_it(tiny_llama, documents):
+    sae = SAE(48, 96, TopK(3)).eval()
+    report = evaluate_splice(tiny_llama, 1, sae, documents, progress=False)
+    losses, errors, centred = [], [], []
+    layer = tiny_llama.model.layers[1]
+    for text in documents[:2]:
+        kept = []
+
+        def replace(module, args, output, kept=kept):
+            x = output[0] if isinstance(output, tuple) else output
+            kept.append(x)
+            return torch.cat([x[:, :1], sae(x).output[:, 1:]], 1)
+
+        handle = layer.register_forward_hook(replace)
+        with torch.no_grad():
+            logits = tiny_llama(text[None]).logits[0, :-1]
+        handle.remove()
+        losses.append(nn.functional.cross_entropy(logits, text[1:], reduction="none"))
+        x = kept[0][0, 1:]
+        errors.append((sae(x).output - x).square().sum())
+        centred.append(x)
+    torch.testing.assert_close(torch.tensor(report.spliced), torch.cat(losses).mean(), rtol=1e-4, atol=1e-5)
+    rows = torch.cat(centred)
+    expected = sum(errors) / (rows - rows.mean(0)).square().sum()
+    torch.testing.assert_close(torch.tensor(report.unexplained), expected.detach(), rtol=1e-4, atol=1e-6)
+    assert report.to_dict()["recovered"] == report.recovered
+    assert report.active <= 3
+
+
+def test_what_does_not_fit_is_refused(tiny_llama, documents):
+    with pytest.raises(ModelError, match="for 12"):
+        evaluate_splice(tiny_llama, 1, SAE(12, 20, TopK(2)).eval(), documents, progress=False)
+    with pytest.raises(CalibrationError, match="longer"):
+        evaluate_splice(tiny_llama, 1, SAE(48, 96, TopK(2)), documents[2:], progress=False)
+    with pytest.raises(UnknownNameError), edited(tiny_llama, "model.layers.9", lambda x: x):
+        pass
+    with pytest.raises(ModelError, match="keep the shape"), edited(tiny_llama, 0, lambda x: x[:, :1]), torch.no_grad():
+        tiny_llama(documents[0][None])
