@@ -11,7 +11,7 @@ import gossamer
 from gossamer.core.registry import REGISTER, MethodSpec
 from gossamer.errors import ConfigurationError, UnknownNameError
 
-_NO_ROOMS = {"core", "kernels", "storage", "models", "measure", "papers", "report", "data"}
+_NO_ROOMS = {"cli", "core", "kernels", "storage", "models", "measure", "papers", "report", "data"}
 
 
 @cache
