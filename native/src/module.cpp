@@ -15,6 +15,9 @@ namespace nb = nanobind;
 
 namespace gossamer {
 
+void bind_attention(nb::module_& m);
+void bind_attention_backward(nb::module_& m);
+void bind_attention_tokens(nb::module_& m);
 void bind_blocks(nb::module_& m);
 void bind_channel_histogram(nb::module_& m);
 void bind_channels(nb::module_& m);
@@ -59,6 +62,9 @@ NB_MODULE(_native, m) {
   m.def("instruction_set", &instruction_set);
   m.def("use_instruction_set", &use_instruction_set, nb::arg("name"));
   m.def("thread_source", &thread_source);
+  bind_attention(m);
+  bind_attention_backward(m);
+  bind_attention_tokens(m);
   bind_blocks(m);
   bind_channel_histogram(m);
   bind_channels(m);

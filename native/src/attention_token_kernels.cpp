@@ -1,0 +1,398 @@
+// Attention of few queries over listed tokens, and the choice of tokens by a few channels of their keys.
+//
+// Compiled once for every instruction set, into the namespace GOSSAMER_ISA. It must not use anything from the standard
+// library. All of it waits for memory, so that what will be read is asked for beforehand.
+
+#include "attention_tokens.hpp"
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+namespace {
+
+#include "lanes.hpp"
+
+#include "attention_lanes.hpp"
+
+#include "attention_vectors.hpp"
+
+#if defined(__AVX512F__)
+constexpr int kTogether = 4, kStrips = 4;  // rows for which a key is decoded once, and registers of a value
+#else
+constexpr int kTogether = 2, kStrips = 2;
+#endif
+
+template <int Value>
+struct Count {
+  static constexpr int value = Value;
+};
+
+template <typename Body>
+inline void in_rows(std::int64_t count, Body&& body) {
+  std::int64_t row = 0;
+  for (; row + kTogether <= count; row += kTogether) body(row, Count<kTogether>{});
+  if constexpr (kTogether > 2)
+    for (; row + 2 <= count; row += 2) body(row, Count<2>{});
+  for (; row < count; ++row) body(row, Count<1>{});
+}
+
+template <typename Stored>
+inline const char* vector_at(const Vectors& from, std::int64_t vector) {
+  return static_cast<const char*>(from.data) + vector * from.stride * (kBits<Stored> / 8);
+}
+
+// Keys are asked for into the first-level cache, as they are read soon; values into the second, for those of all tokens
+// whose scores are in memory would push the keys out of the first.
+template <typename Stored>
+inline void ask_for_key(const Vectors& from, std::int64_t vector) {
+  const char* there = vector_at<Stored>(from, vector);
+  for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64)
+    __builtin_prefetch(there + byte, 0, 3);
+}
+template <typename Stored>
+inline void ask_for_value(const Vectors& from, std::int64_t vector) {
+  const char* there = vector_at<Stored>(from, vector);
+  for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64)
+    __builtin_prefetch(there + byte, 0, 2);
+}
+
+// Scores of some rows with at most sixteen tokens, sixteen of which are stored for each row.
+template <typename Stored, int Rows>
+inline void score_sixteen(const TokenTile& tile, std::int64_t row, std::int64_t first, int count, float* scores) {
+  const std::int64_t size = tile.keys.size, padded = (size + 15) / 16 * 16;
+  Lanes sums[Rows][16];
+  for (int t = 0; t < 16; ++t) {
+    for (int r = 0; r < Rows; ++r) sums[r][t] = zero();
+    if (t >= count) continue;
+    const std::int64_t token = tile.tokens[first + t];
+    const float* query = tile.rows + row * padded;
+    const char* key = vector_at<Stored>(tile.keys, token);
+    Lanes some[Rows];
+    for (int r = 0; r < Rows; ++r) some[r] = zero();
+    std::int64_t i = 0;
+    for (; i + 16 <= size; i += 16) {
+      const Lanes channels = Stored::all(key, i);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) some[r] = multiply_add(load(query + r * padded + i), channels, some[r]);
+    }
+    if (i < size) {
+      const Lanes channels = sixteen<Stored>(tile.keys, token, i);
+      for (int r = 0; r < Rows; ++r) some[r] = multiply_add(load(query + r * padded + i), channels, some[r]);
+    }
+    for (int r = 0; r < Rows; ++r) sums[r][t] = some[r];
+  }
+  for (int r = 0; r < Rows; ++r) {
+    transpose(sums[r]);
+    for (int width = 8; width; width /= 2)
+      for (int i = 0; i < width; ++i) sums[r][i] = add(sums[r][i], sums[r][i + width]);
+    store(scores + (row + r) * kTokens, sums[r][0]);
+  }
+}
+
+// outputs[row] = outputs[row] · shares[row] + Σ weights · values, for some rows and registers of a value
+template <typename Stored, int Rows, int Strips>
+inline void add_values(const TokenTile& tile, std::int64_t row, std::int64_t strip, std::int64_t first, int count,
+                       const float* shares) {
+  const std::int64_t strips = (tile.values.size + 15) / 16;
+  Lanes sums[Rows][Strips];
+  for (int r = 0; r < Rows; ++r)
+    for (int s = 0; s < Strips; ++s)
+      sums[r][s] = multiply(load(tile.outputs + ((row + r) * strips + strip + s) * 16), spread(shares[row + r]));
+  const bool inside = (strip + Strips) * 16 <= tile.values.size;
+  for (int t = 0; t < count; ++t) {
+    const std::int64_t token = tile.tokens[first + t];
+    const char* value = vector_at<Stored>(tile.values, token);
+    Lanes channels[Strips];
+#pragma GCC unroll 4
+    for (int s = 0; s < Strips; ++s)
+      channels[s] = inside ? Stored::all(value, 16 * (strip + s))
+                           : sixteen<Stored>(tile.values, token, 16 * (strip + s));
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const Lanes weight = spread(tile.scores[(row + r) * kTokens + t]);
+#pragma GCC unroll 4
+      for (int s = 0; s < Strips; ++s) sums[r][s] = multiply_add(weight, channels[s], sums[r][s]);
+    }
+  }
+  for (int r = 0; r < Rows; ++r)
+    for (int s = 0; s < Strips; ++s) store(tile.outputs + ((row + r) * strips + strip + s) * 16, sums[r][s]);
+}
+
+template <typename Stored>
+void gather_tokens(const TokenTile& tile) {
+  const std::int64_t strips = (tile.values.size + 15) / 16;
+  __builtin_memset(tile.outputs, 0, sizeof(float) * static_cast<std::size_t>(tile.count * strips * 16));
+  for (std::int64_t row = 0; row < tile.count; ++row) tile.most[row] = negative_infinity(), tile.total[row] = 0.0f;
+  for (std::int64_t t = tile.first; t < tile.last && t < tile.first + 16; ++t)
+    ask_for_key<Stored>(tile.keys, tile.tokens[t]);
+  for (std::int64_t first = tile.first; first < tile.last; first += kTokens) {
+    const int count = static_cast<int>(tile.last - first < kTokens ? tile.last - first : kTokens);
+    for (int begin = 0; begin < count; begin += 16) {
+      const int some = count - begin < 16 ? count - begin : 16;
+      for (std::int64_t t = first + begin; t < first + begin + some; ++t) {
+        if (t + 16 < tile.last) ask_for_key<Stored>(tile.keys, tile.tokens[t + 16]);
+        ask_for_value<Stored>(tile.values, tile.tokens[t]);
+      }
+      in_rows(tile.count, [&](std::int64_t row, auto rows) {
+        score_sixteen<Stored, decltype(rows)::value>(tile, row, first + begin, some, tile.scores + begin);
+      });
+    }
+    float shares[kTileRows];
+    const int words = (count + 15) / 16;
+    for (std::int64_t row = 0; row < tile.count; ++row) {
+      float* scores = tile.scores + row * kTokens;
+      if (count % 16)
+        store(scores + 16 * (words - 1), choose((1u << count % 16) - 1u, load(scores + 16 * (words - 1)),
+                                                negative_infinity()));
+      Lanes high = spread(negative_infinity());
+      for (int k = 0; k < words; ++k) high = larger(load(scores + 16 * k), high);
+      const float before = tile.most[row], found = largest(high), most = found > before ? found : before;
+      const float shift = most == negative_infinity() ? 0.0f : most;
+      Lanes total = zero();
+      for (int k = 0; k < words; ++k) {
+        const Lanes weight = power_of_two(subtract(load(scores + 16 * k), spread(shift)));
+        store(scores + 16 * k, weight);
+        total = add(total, weight);
+      }
+      shares[row] = power_of_two(before - shift);
+      tile.total[row] = tile.total[row] * shares[row] + sum(total);
+      tile.most[row] = most;
+    }
+    in_rows(tile.count, [&](std::int64_t row, auto rows) {
+      constexpr int kSome = decltype(rows)::value;
+      std::int64_t strip = 0;
+      for (; strip + kStrips <= strips; strip += kStrips)
+        add_values<Stored, kSome, kStrips>(tile, row, strip, first, count, shares);
+      for (; strip < strips; ++strip) add_values<Stored, kSome, 1>(tile, row, strip, first, count, shares);
+    });
+  }
+}
+
+void gather(const TokenTile& tile) {
+  if (tile.keys.value == Value::float32) gather_tokens<Float32>(tile);
+  else gather_tokens<BFloat16>(tile);
+}
+
+// ------------------------------------------------------------------------------------------------ which tokens
+
+template <typename Stored>
+inline float score_one(const Vectors& labels, const float* query, std::int64_t token) {
+  float total = 0.0f;
+  for (std::int64_t i = 0; i < labels.size; ++i) {
+    const std::int64_t at = token * labels.stride + i;
+    float channel;
+    if constexpr (kBits<Stored> == 32) channel = static_cast<const float*>(labels.data)[at];
+    else channel = as_float(std::uint32_t{static_cast<const std::uint16_t*>(labels.data)[at]} << 16);
+    total += query[i] * channel;
+  }
+  return total;
+}
+
+#if defined(__AVX512F__)
+// Sixteen tokens, of which a register holds one channel, or two adjacent ones of bfloat16.
+template <typename Stored>
+inline void score_lanes(const Vectors& labels, const float* query, std::int64_t token, float* scores) {
+  constexpr int kPer = 32 / kBits<Stored>;
+  const auto* from = static_cast<const char*>(labels.data) + token * labels.stride * (kBits<Stored> / 8);
+  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(static_cast<int>(labels.stride * (kBits<Stored> / 8))));
+  __m512 total = _mm512_setzero_ps();
+  for (std::int64_t i = 0; i < labels.size; i += kPer) {
+    const __m512i words = _mm512_i32gather_epi32(places, from + i * (kBits<Stored> / 8), 1);
+    if constexpr (kPer == 1) {
+      total = _mm512_fmadd_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(query[i]), total);
+    } else {
+      const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+      const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+      const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(words, upper));
+      total = _mm512_fmadd_ps(low, _mm512_set1_ps(query[i]), total);
+      total = _mm512_fmadd_ps(high, _mm512_set1_ps(query[i + 1]), total);
+    }
+  }
+  _mm512_storeu_ps(scores, total);
+}
+
+
+// Per quarter of a register: sums of adjacent lanes, first of a, then of b.
+inline __m512 pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+// Sums of adjacent quarters, first of a, then of b.
+inline __m512 quarters(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// Sixteen tokens of 4, 8 or 16 labels that lie one after the other; `query` is repeated to fill sixteen lanes.
+template <typename Stored, int Size>
+inline void score_adjacent(const void* labels, __m512 query, float* scores) {
+  __m512 all[Size], fours[Size / 4];
+  for (int j = 0; j < Size; ++j) all[j] = _mm512_mul_ps(Stored::all(labels, 16 * j).r, query);
+  for (int j = 0; j < Size / 4; ++j)  // in lane k of a quarter the sum of that quarter of register 4 j + k
+    fours[j] = pairs(pairs(all[4 * j], all[4 * j + 1]), pairs(all[4 * j + 2], all[4 * j + 3]));
+  if constexpr (Size == 16) {
+    _mm512_storeu_ps(scores, quarters(quarters(fours[0], fours[1]), quarters(fours[2], fours[3])));
+  } else if constexpr (Size == 8) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    _mm512_storeu_ps(scores, _mm512_permutexvar_ps(order, quarters(fours[0], fours[1])));
+  } else {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_ps(scores, _mm512_permutexvar_ps(order, fours[0]));
+  }
+}
+
+template <typename Stored, int Size>
+inline std::int64_t score_all_adjacent(const Vectors& labels, const float* query, std::int64_t first,
+                                       std::int64_t last, float* scores) {
+  alignas(64) float repeated[16];
+  for (int i = 0; i < 16; ++i) repeated[i] = query[i % Size];
+  const __m512 queries = _mm512_load_ps(repeated);
+  constexpr std::int64_t kBytes = Size * kBits<Stored> / 8;  // of a token
+  for (; first + 16 <= last; first += 16, scores += 16) {
+    const char* there = static_cast<const char*>(labels.data) + first * kBytes;
+    for (std::int64_t byte = 0; byte < 16 * kBytes; byte += 64) fetch(there, byte + 2 * kAhead);
+    score_adjacent<Stored, Size>(there, queries, scores);
+  }
+  return first;
+}
+#endif
+
+template <typename Stored>
+void score_labels(const Vectors& labels, const float* query, std::int64_t first, std::int64_t last, float* scores) {
+  std::int64_t token = first;
+#if defined(__AVX512F__)
+  if (labels.stride == labels.size) {
+    if (labels.size == 4) token = score_all_adjacent<Stored, 4>(labels, query, first, last, scores);
+    if (labels.size == 8) token = score_all_adjacent<Stored, 8>(labels, query, first, last, scores);
+    if (labels.size == 16) token = score_all_adjacent<Stored, 16>(labels, query, first, last, scores);
+  }
+  if (labels.size % (32 / kBits<Stored>) == 0)
+    for (; token + 16 <= last; token += 16) {
+      const std::int64_t bytes = labels.stride * (kBits<Stored> / 8);
+      for (std::int64_t byte = 0; byte < 16 * bytes; byte += 64)
+        fetch(static_cast<const char*>(labels.data) + token * bytes, byte + 2 * kAhead);
+      score_lanes<Stored>(labels, query, token, scores + token - first);
+    }
+#endif
+  for (; token < last; ++token) scores[token - first] = score_one<Stored>(labels, query, token);
+}
+
+void score(const Vectors& labels, const float* query, std::int64_t first, std::int64_t last, float* scores) {
+  if (labels.value == Value::float32) score_labels<Float32>(labels, query, first, last, scores);
+  else score_labels<BFloat16>(labels, query, first, last, scores);
+}
+
+// Numbers that are higher where scores are, in their place; zeros of either sign are equal, and NaN is above all.
+inline void rank(float* scores, std::int64_t tokens) {
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    const float score = scores[i] + 0.0f;
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &score, 4);
+    bits ^= static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000u;
+    bits = score != score ? 0xffffffffu : bits;
+    __builtin_memcpy(scores + i, &bits, 4);
+  }
+}
+
+// Bits of the tokens i … i + 15 whose rank is above a limit, and of those whose rank is the limit.
+struct Compared {
+  std::uint32_t above, equal;
+};
+inline Compared compare(const std::uint32_t* ranks, std::uint32_t limit) {
+#if defined(__AVX512F__)
+  const __m512i some = _mm512_loadu_si512(ranks), limits = _mm512_set1_epi32(static_cast<int>(limit));
+  return {_mm512_cmpgt_epu32_mask(some, limits), _mm512_cmpeq_epu32_mask(some, limits)};
+#else
+  Compared found{0, 0};
+  for (int lane = 0; lane < 16; ++lane) {
+    found.above |= static_cast<std::uint32_t>(ranks[lane] > limit) << lane;
+    found.equal |= static_cast<std::uint32_t>(ranks[lane] == limit) << lane;
+  }
+  return found;
+#endif
+}
+
+constexpr int kDigits[] = {21, 10, 0};  // where the digits of a rank begin
+constexpr std::uint32_t kMost = 1u << 11;
+
+// The highest digit of which at least `count` ranks are not below; `count` becomes how many of that digit are wanted.
+inline std::uint32_t digit_of(const std::uint32_t (*counts)[kMost], std::int64_t& count) {
+  for (std::uint32_t digit = kMost - 1;; --digit) {
+    const std::int64_t here = std::int64_t{counts[0][digit]} + counts[1][digit] + counts[2][digit] + counts[3][digit];
+    if (here >= count || !digit) return digit;
+    count -= here;
+  }
+}
+
+// The ranks of one digit, to `kept`, which may be where they are; returns how many there are.
+inline std::int64_t keep_digit(const std::uint32_t* ranks, std::int64_t tokens, int shift, std::uint32_t digit,
+                               std::uint32_t* kept) {
+  std::int64_t left = 0, i = 0;
+#if defined(__AVX512F__)
+  const __m512i digits = _mm512_set1_epi32(static_cast<int>(digit)), mask = _mm512_set1_epi32(kMost - 1);
+  for (; i + 16 <= tokens; i += 16) {
+    const __m512i some = _mm512_loadu_si512(ranks + i);
+    const __m512i theirs = _mm512_and_si512(_mm512_srl_epi32(some, _mm_cvtsi32_si128(shift)), mask);
+    const __mmask16 found = _mm512_cmpeq_epi32_mask(theirs, digits);
+    if (!found) continue;
+    _mm512_storeu_si512(kept + left, _mm512_maskz_compress_epi32(found, some));
+    left += __builtin_popcount(found);
+  }
+#endif
+  for (; i < tokens; ++i) {
+    const std::uint32_t one = ranks[i];
+    kept[left] = one;
+    left += (one >> shift & (kMost - 1)) == digit;
+  }
+  return left;
+}
+
+// The count-th highest rank, digit by digit; `count` becomes how many of this very rank are wanted. Ranks that have the
+// digits found so far are kept for the next one.
+inline std::uint32_t limit_of(const std::uint32_t* ranks, std::int64_t tokens, std::int64_t& count,
+                              std::uint32_t* kept) {
+  std::uint32_t limit = 0;
+  for (const int shift : kDigits) {
+    std::uint32_t counts[4][kMost] = {};  // several, so that equal neighbours do not wait for each other
+    for (std::int64_t i = 0; i < tokens; ++i) ++counts[i & 3][ranks[i] >> shift & (kMost - 1)];
+    const std::uint32_t digit = digit_of(counts, count);
+    limit |= digit << shift;
+    tokens = keep_digit(ranks, tokens, shift, digit, kept);
+    ranks = kept;
+  }
+  return limit;
+}
+
+void choose_highest(float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places, std::uint32_t* kept) {
+  rank(scores, tokens);
+  const auto* ranks = reinterpret_cast<const std::uint32_t*>(scores);
+  std::int64_t equal = count;
+  const std::uint32_t limit = limit_of(ranks, tokens, equal, kept);
+  for (std::int64_t first = 0, done = 0; done < count; first += 16) {
+    Compared found = compare(ranks + first, limit);
+    const std::int64_t left = tokens - first;
+    if (left < 16) found.above &= (1u << left) - 1u, found.equal &= (1u << left) - 1u;
+    for (std::uint32_t bits = found.above | (equal > 0 ? found.equal : 0u); bits; bits &= bits - 1u) {
+      const int lane = __builtin_ctz(bits);
+      if ((found.equal >> lane & 1u) && equal-- <= 0) continue;
+      places[done++] = first + lane;
+    }
+  }
+}
+
+}  // namespace
+
+const TokenKernels& token_table() {
+  static const TokenKernels kernels = {gather, score, choose_highest};
+  return kernels;
+}
+
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

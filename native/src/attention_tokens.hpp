@@ -1,0 +1,60 @@
+// What the kernels of attention_token_kernels.cpp work on: few queries with listed tokens, and the choice of tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_tiles.hpp"
+
+namespace gossamer {
+
+constexpr std::int64_t kTokens = 64;  // whose scores are in memory at a time
+
+// A list of tokens of one head, as numbers of four or eight bytes.
+struct TokenList {
+  const void* places;
+  bool wide;
+
+  std::int64_t operator[](std::int64_t i) const {
+    return wide ? static_cast<const std::int64_t*>(places)[i] : static_cast<const std::int32_t*>(places)[i];
+  }
+};
+
+// Rows of queries that read the same tokens first … last − 1 of a list.
+struct TokenTile {
+  const float* rows;      // rows × size filled up with zeros to a multiple of 16, multiplied by scale / ln 2
+  std::int64_t count;
+  Vectors keys, values;
+  TokenList tokens;
+  std::int64_t first, last;
+  float* outputs;  // rows × strips · 16 of the values
+  float* most;     // of each row: the highest score, and the sum of 2^(score − most)
+  float* total;
+  float* scores;   // room for rows × kTokens
+};
+
+struct TokenKernels {
+  void (*gather)(const TokenTile&);
+  // scores[k] = labels[first + k] · query, for tokens first … last − 1
+  void (*score)(const Vectors& labels, const float* query, std::int64_t first, std::int64_t last, float* scores);
+  // The places of the `count` highest scores, ascending; of equal ones the lower, NaN above all. 0 < count ≤ tokens.
+  // The scores, with 15 more behind them, and `kept`, with room for as many, are written to.
+  void (*choose)(float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places, std::uint32_t* kept);
+};
+
+// Those of the instruction set in use.
+const TokenKernels& token_kernels();
+
+namespace plain {
+const TokenKernels& token_table();
+}
+namespace avx2 {
+const TokenKernels& token_table();
+}
+namespace avx512 {
+const TokenKernels& token_table();
+}
+namespace avx512_bf16 {
+const TokenKernels& token_table();
+}
+
+}  // namespace gossamer

@@ -1,0 +1,195 @@
+// Attention over listed tokens as Python calls it, and the choice of tokens by labels.
+
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <vector>
+
+#include "attention_problem.hpp"
+#include "attention_tokens.hpp"
+#include "cpu.hpp"
+
+namespace nb = nanobind;
+
+namespace gossamer {
+
+const TokenKernels& token_kernels() {
+  const std::string& name = instruction_set();
+#if defined(__x86_64__)
+  if (name == "avx512_bf16") return avx512_bf16::token_table();
+  if (name == "avx512") return avx512::token_table();
+  if (name == "avx2") return avx2::token_table();
+#endif
+  if (name != "plain") throw std::invalid_argument("no attention kernels for instruction set '" + name + "'");
+  return plain::token_table();
+}
+
+namespace {
+
+constexpr std::int64_t kList = 1024;      // tokens of a list that one thread reads
+constexpr std::int64_t kLabels = 8192;    // labels that one thread goes through
+
+// Lists of tokens, of which each is read by the queries of some adjacent heads.
+struct Lists {
+  std::int64_t lists;      // of one batch
+  std::int64_t length;     // of each
+  Address places;
+  bool wide;
+  const std::int64_t* counts;  // of each list, or null
+  int threads;
+  float scale;
+
+  std::int64_t count(std::int64_t list) const { return counts ? counts[list] : length; }
+  TokenList tokens(std::int64_t list) const {
+    return {reinterpret_cast<const void*>(places + static_cast<Address>(list * length * (wide ? 8 : 4))), wide};
+  }
+};
+
+// What some tokens contribute to rows, in memory one after the other: sums of values, highest score, total.
+struct Parts {
+  std::int64_t rows, strips, pieces;
+  Floats sums, most, total;
+
+  Parts(std::int64_t items, std::int64_t pieces, std::int64_t rows, std::int64_t strips)
+      : rows(rows), strips(strips), pieces(pieces), sums(items * pieces * rows * strips * 16),
+        most(items * pieces * rows),
+        total(items * pieces * rows) {}
+};
+
+// Writes one row of a list from the parts that its pieces contribute.
+void merge(const Parts& parts, std::int64_t list, std::int64_t pieces, std::int64_t row, std::int64_t size,
+           Value value, void* target,
+           float* lse) {
+  const std::int64_t width = parts.strips * 16;
+  float most = -std::numeric_limits<float>::infinity(), total = 0.0f;
+  const auto place = [&](std::int64_t piece) { return (list * parts.pieces + piece) * parts.rows + row; };
+  for (std::int64_t piece = 0; piece < pieces; ++piece) most = std::max(most, parts.most.get()[place(piece)]);
+  const float shift = std::isinf(most) && most < 0 ? 0.0f : most;
+  std::vector<float> sums(static_cast<std::size_t>(width), 0.0f);
+  for (std::int64_t piece = 0; piece < pieces; ++piece) {
+    const float share = std::exp2(parts.most.get()[place(piece)] - shift);
+    total += share * parts.total.get()[place(piece)];
+    const float* from = parts.sums.get() + place(piece) * width;
+    for (std::int64_t i = 0; i < width; ++i) sums[static_cast<std::size_t>(i)] += share * from[i];
+  }
+  attention_kernels().write(sums.data(), 1, parts.strips, total == 0.0f ? 0.0f : 1.0f / total, size, value, target,
+                            size);
+  *lse = total == 0.0f ? -std::numeric_limits<float>::infinity() : most / kPerLog2 + std::log(total);
+}
+
+// outputs: (batch, heads, queries, size), adjacent; lse without size.
+void gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q,
+            const Heads& k,
+            const Heads& v, const Heads& outputs, float* lse) {
+  const std::int64_t group = heads / lists.lists, rows = group * q.length, padded = (q.size + 15) / 16 * 16;
+  const std::int64_t pieces = std::max<std::int64_t>((lists.length + kList - 1) / kList, 1), all = batch * lists.lists;
+  const Parts parts(all, pieces, rows, v.strips());
+  share_items(all * pieces, lists.threads, [&] {
+    auto scores = std::make_shared<Floats>(kTileRows * kTokens);
+    auto queries = std::make_shared<Floats>(kTileRows * padded);
+    return [&, scores, queries](std::int64_t item) {
+      const std::int64_t list = item / pieces, piece = item % pieces, b = list / lists.lists;
+      const std::int64_t key_head = list % lists.lists * key_heads / lists.lists;
+      const std::int64_t first = piece * kList, last = std::min(first + kList, lists.count(list));
+      if (first >= last) return;
+      for (std::int64_t row = 0; row < rows; row += kTileRows) {
+        const std::int64_t count = std::min<std::int64_t>(kTileRows, rows - row), at = item * rows + row;
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t head = list % lists.lists * group + (row + i) / q.length, query = (row + i) % q.length;
+          float* to = queries->get() + i * padded;
+          std::fill_n(to, padded, 0.0f);
+          attention_kernels().rows(q.vectors(b, head), query, query + 1, lists.scale * kPerLog2, to);
+        }
+        token_kernels().gather({queries->get(), count, k.vectors(b, key_head), v.vectors(b, key_head),
+                                lists.tokens(list), first, last,
+                                parts.sums.get() + at * parts.strips * 16, parts.most.get() + at,
+                                parts.total.get() + at, scores->get()});
+      }
+    };
+  });
+  for (std::int64_t list = 0; list < all; ++list)
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t at = list * rows + row;  // lists are in the order of heads
+      merge(parts, list, (lists.count(list) + kList - 1) / kList, row, v.size, outputs.value,
+            reinterpret_cast<char*>(outputs.data) + at * v.size * outputs.bytes(), lse + at);
+    }
+}
+
+// q (batch, heads, 1, labels), k (batch, key heads, keys, labels); pooling: 0 sum, 1 highest, 2 none.
+void label_topk(std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q, const Heads& k,
+                int pooling, const std::uint8_t* key_mask, std::int64_t count, std::int64_t* places, int threads) {
+  const std::int64_t group = heads / key_heads, lists = pooling == 2 ? heads : key_heads, per_list = heads / lists;
+  const std::int64_t keys = k.length;
+  const std::int64_t stride = (keys + 31) / 16 * 16;
+  const Floats scores(batch * lists * stride);
+  // where every thread has lists of its own, it chooses from scores that are still in its cache
+  const bool whole = batch * lists >= threads;
+  const std::int64_t length = whole ? keys : kLabels, pieces = (keys + length - 1) / length;
+  const auto choose = [&](std::int64_t list, std::vector<std::uint32_t>& kept) {
+    kept.resize(static_cast<std::size_t>(keys) + 16);
+    token_kernels().choose(scores.get() + list * stride, keys, count, places + list * count, kept.data());
+  };
+  share_items(batch * lists * pieces, threads, [&] {
+    return [&](std::int64_t item) {
+      const std::int64_t list = item / pieces, b = list / lists, first = item % pieces * length;
+      const std::int64_t last = std::min(first + length, keys);
+      const std::int64_t key_head = list % lists * per_list / group;
+      float* there = scores.get() + list * stride + first;
+      std::vector<float> query(static_cast<std::size_t>(q.size), 0.0f), one(query);
+      std::vector<float> some(pooling == 1 ? static_cast<std::size_t>(last - first) : 0);
+      for (std::int64_t i = 0; i < per_list; ++i) {
+        attention_kernels().rows(q.vectors(b, list % lists * per_list + i), 0, 1, 1.0f, one.data());
+        if (pooling == 1) {
+          token_kernels().score(k.vectors(b, key_head), one.data(), first, last, i ? some.data() : there);
+          for (std::size_t t = 0; i && t < some.size(); ++t)
+            if (!(some[t] <= there[t])) there[t] = std::isnan(there[t]) ? there[t] : some[t];
+        } else {
+          for (std::size_t c = 0; c < query.size(); ++c) query[c] += one[c];
+        }
+      }
+      if (pooling != 1) token_kernels().score(k.vectors(b, key_head), query.data(), first, last, there);
+      if (key_mask)
+        for (std::int64_t key = first; key < last; ++key)
+          if (!key_mask[b * keys + key]) there[key - first] = -std::numeric_limits<float>::infinity();
+      if (!whole) return;
+      std::vector<std::uint32_t> kept;
+      choose(list, kept);
+    };
+  });
+  if (whole) return;
+  share_items(batch * lists, threads, [&] {
+    return [&](std::int64_t list) {
+      std::vector<std::uint32_t> kept;
+      choose(list, kept);
+    };
+  });
+}
+
+}  // namespace
+
+void bind_attention_tokens(nb::module_& m) {
+  m.def("attention_gather", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
+                               const nb::tuple& k, const nb::tuple& v, std::int64_t lists, std::int64_t length,
+                               Address places, bool wide, Address counts, float scale, int threads,
+                               const nb::tuple& outputs, Address lse) {
+    const Heads all[] = {Heads::from(q), Heads::from(k), Heads::from(v), Heads::from(outputs)};
+    const nb::gil_scoped_release unlocked;
+    const Lists chosen{lists, length, places, wide, reinterpret_cast<const std::int64_t*>(counts),
+                       std::max(threads, 1), scale};
+    gather(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse));
+  });
+  m.def("attention_label_topk", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
+                                   const nb::tuple& k,
+                                   int pooling, Address key_mask, std::int64_t count, Address places, int threads) {
+    const Heads all[] = {Heads::from(q), Heads::from(k)};
+    const nb::gil_scoped_release unlocked;
+    label_topk(batch, heads, key_heads, all[0], all[1], pooling, reinterpret_cast<const std::uint8_t*>(key_mask), count,
+               reinterpret_cast<std::int64_t*>(places), std::max(threads, 1));
+  });
+}
+
+}  // namespace gossamer

@@ -1,0 +1,146 @@
+"""What attention takes: checks of shapes and dtypes that all its functions share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    """Check queries ``(batch, heads, queries, size)`` against keys and values of as many or fewer heads.
+
+    Raises
+    ------
+    ConfigurationError
+        If shapes, dtypes or devices do not fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is not None and (x.dim() != 4 or x.dtype not in _DTYPES):
+            raise ConfigurationError(
+                f"{name} is {tuple(x.shape)} {x.dtype}; it must be (batch, heads, tokens, head size) in float32, "
+                f"bfloat16, float16 or float64"
+            )
+    if (
+        k.shape[0] != q.shape[0]
+        or k.shape[3] != q.shape[3]
+        or not k.shape[3]
+        or k.shape[1] < 1
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ConfigurationError(
+            f"q is {tuple(q.shape)} and k {tuple(k.shape)}; batch and head size must be equal, the size at least "
+            f"1, and the heads of q a multiple of those of k"
+        )
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ConfigurationError(f"k is {tuple(k.shape)} and v {tuple(v.shape)}; all but the head size must be equal")
+    if any(x is not None and (x.dtype != q.dtype or x.device != q.device) for x in (k, v)):
+        raise ConfigurationError("q, k and v have different dtypes or devices; convert them to one")
+
+
+def check_lengths(q: Tensor, k: Tensor, causal: bool) -> None:
+    """Check that causal attention has a key for every query.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are more queries than keys.
+    """
+    if causal and q.shape[2] > k.shape[2]:
+        raise ConfigurationError(
+            f"{q.shape[2]} queries but {k.shape[2]} keys; causal attention needs at least as many keys as queries"
+        )
+
+
+def check_key_mask(key_mask: Tensor | None, k: Tensor) -> None:
+    """Check ``(batch, keys)`` bool.
+
+    Raises
+    ------
+    ConfigurationError
+        If shape, dtype or device do not fit.
+    """
+    if key_mask is None:
+        return
+    wanted = (k.shape[0], k.shape[2])
+    if tuple(key_mask.shape) != wanted or key_mask.dtype != torch.bool or key_mask.device != k.device:
+        raise ConfigurationError(
+            f"key_mask is {tuple(key_mask.shape)} {key_mask.dtype} on {key_mask.device}; keys {tuple(k.shape)} take "
+            f"{wanted} bool on {k.device}, True for real keys"
+        )
+
+
+def check_window(window: int | None) -> None:
+    """Check the number of keys a query sees at most.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is below 1.
+    """
+    if window is not None and window < 1:
+        raise ConfigurationError(f"window is {window}; a query must see at least 1 token, or all with None")
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """`scale`, or by default 1 / √(head size).
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not a finite number.
+    """
+    if scale is None:
+        return float(q.shape[-1]) ** -0.5
+    if not math.isfinite(scale):
+        raise ConfigurationError(f"scale is {scale}; it must be a finite number, such as 1 / √(head size)")
+    return float(scale)
+
+
+def pair_of(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Queries and keys of a block.
+
+    Raises
+    ------
+    ConfigurationError
+        If one of them is below 1.
+    """
+    size = (block_size, block_size) if isinstance(block_size, int) else (block_size[0], block_size[1])
+    if min(size) < 1:
+        raise ConfigurationError(f"block_size is {block_size}; it must be 1 or more, such as 64")
+    return size
+
+
+def check_indices(indices: Tensor, counts: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Check lists of keys ``(batch, heads or key heads, tokens)`` and their lengths.
+
+    Raises
+    ------
+    ConfigurationError
+        If shapes or dtypes do not fit, or one lies outside the keys.
+    """
+    heads = (q.shape[1], k.shape[1])
+    fits = indices.dim() == 3 and indices.shape[0] == q.shape[0] and indices.shape[1] in heads
+    if not fits or indices.dtype not in (torch.int32, torch.int64):
+        raise ConfigurationError(
+            f"indices is {tuple(indices.shape)} {indices.dtype}; q {tuple(q.shape)} and k {tuple(k.shape)} take "
+            f"({q.shape[0]}, {heads[0]} or {heads[1]}, tokens) int32 or int64"
+        )
+    if counts is not None and (counts.shape != indices.shape[:2] or counts.dtype not in (torch.int32, torch.int64)):
+        raise ConfigurationError(
+            f"counts is {tuple(counts.shape)} {counts.dtype}; indices {tuple(indices.shape)} take "
+            f"{tuple(indices.shape[:2])} int32 or int64"
+        )
+    if counts is not None and counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= indices.shape[2]:
+        raise ConfigurationError(
+            f"counts go from {int(counts.min())} to {int(counts.max())}; they must lie in 0 … {indices.shape[2]}"
+        )
+    if indices.numel():
+        low, high = torch.aminmax(indices)
+        if int(low) < 0 or int(high) >= k.shape[2]:
+            raise ConfigurationError(f"indices go from {int(low)} to {int(high)}; there are keys 0 … {k.shape[2] - 1}")

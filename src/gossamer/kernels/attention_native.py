@@ -1,0 +1,133 @@
+"""Attention by compiled code: what its functions take, from tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.attention_reference import Visibility
+from gossamer.kernels.native import VALUE_CODES, native, offers
+
+_POOLINGS = {"sum": 0, "max": 1, None: 2}  # number by which the compiled code knows how heads choose together
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def suits(name: str, *tensors: Tensor) -> bool:
+    """Whether there is compiled code of this name for tensors of these devices and dtypes."""
+    return all(x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors) and offers(name)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float) -> tuple[Tensor, Tensor]:
+    """:func:`gossamer.kernels.attention_reference.forward`."""
+    outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
+    problem, kept = _problem(q, k, visible, scale)
+    native().attention_forward(problem, _heads(q), _heads(k), _heads(v), _heads(outputs), lse.data_ptr())
+    del kept
+    return outputs, lse
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    visible: Visibility,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`gossamer.kernels.attention_reference.backward`."""
+    q, k, v, outputs, lse = saved
+    grad, found = adjacent(grads[0]), tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    deltas = torch.linalg.vecdot(grad.float(), outputs.float())
+    if grads[1] is not None:
+        deltas -= grads[1]
+    q, k, v, deltas, lse = adjacent(q), adjacent(k), adjacent(v), deltas.contiguous(), lse.contiguous()
+    problem, kept = _problem(q, k, visible, scale)
+    native().attention_backward(
+        problem, *(_heads(x) for x in (q, k, v, grad)), lse.data_ptr(), deltas.data_ptr(), *(_heads(x) for x in found)
+    )
+    del kept
+    return found[0], found[1], found[2]
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_size: tuple[int, int], visible: Visibility, scale: float
+) -> Tensor:
+    """:func:`gossamer.kernels.attention_reference.block_mass`."""
+    rows, columns = (-(-x.shape[2] // size) for x, size in zip((q, k), block_size))
+    found = torch.empty(*q.shape[:2], rows, columns)
+    q, k, lse = adjacent(q), adjacent(k), lse.detach().float().contiguous()
+    problem, kept = _problem(q, k, visible, scale)
+    native().attention_block_mass(problem, _heads(q), _heads(k), lse.data_ptr(), *block_size, found.data_ptr())
+    del kept
+    return found
+
+
+def antidiagonal_mass(
+    q: Tensor, k: Tensor, stride: int, block_size: int, causal: bool, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    """:func:`gossamer.kernels.attention_reference.antidiagonal_mass`."""
+    rows, columns = (-(-x.shape[2] // block_size) for x in (q, k))
+    found = torch.empty(*q.shape[:2], rows, columns)
+    q, k = adjacent(q), adjacent(k)
+    offset = -((q.shape[2] - k.shape[2]) // stride)
+    problem, kept = _problem(q, k, Visibility(causal, key_mask=key_mask, offset=offset), scale)
+    native().attention_antidiagonal_mass(problem, _heads(q), _heads(k), stride, block_size, found.data_ptr())
+    del kept
+    return found
+
+
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`gossamer.kernels.attention_reference.gather`."""
+    outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    q, k, v, indices = adjacent(q), adjacent(k), adjacent(v), indices.contiguous()
+    counts = None if counts is None else counts.long().contiguous()
+    native().attention_gather(
+        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _heads(v)),
+        *(indices.shape[1], indices.shape[2], indices.data_ptr(), indices.dtype == torch.int64),
+        *(0 if counts is None else counts.data_ptr(), scale, torch.get_num_threads(), _heads(outputs), lse.data_ptr()),
+    )
+    return outputs, lse
+
+
+def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
+    """:func:`gossamer.kernels.attention_reference.label_topk`."""
+    q, k = adjacent(q), adjacent(k)
+    mask = None if key_mask is None else key_mask.contiguous()
+    found = torch.empty(q.shape[0], q.shape[1] if pooling is None else k.shape[1], count, dtype=torch.int64)
+    address = 0 if mask is None else mask.data_ptr()
+    native().attention_label_topk(
+        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _POOLINGS[pooling], address, count),
+        *(found.data_ptr(), torch.get_num_threads()),
+    )
+    return found
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """`x` without gradients, the numbers of a vector side by side."""
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.shape[2], x.shape[3], VALUE_CODES[x.dtype])
+
+
+def _problem(q: Tensor, k: Tensor, visible: Visibility, scale: float) -> tuple[tuple[float, ...], list[Tensor]]:
+    """What the compiled code takes, and the tensors whose addresses that holds."""
+    queries, keys = q.shape[2], k.shape[2]
+    offset = keys - queries if visible.offset is None else visible.offset
+    blocks, strides = visible.blocks, (0, 0)
+    if blocks is not None:
+        blocks = blocks.contiguous()
+        strides = (blocks.stride(0) if blocks.shape[0] > 1 else 0, blocks.stride(1) if blocks.shape[1] > 1 else 0)
+    mask = None if visible.key_mask is None else visible.key_mask.contiguous()
+    problem = (
+        *(q.shape[0], q.shape[1], k.shape[1], queries, keys, offset),
+        *(int(visible.causal), visible.window or 0),
+        *(0 if blocks is None else blocks.data_ptr(), *strides, *visible.block_size),
+        *(0 if mask is None else mask.data_ptr(), scale, torch.get_num_threads()),
+    )
+    return problem, [x for x in (blocks, mask) if x is not None]

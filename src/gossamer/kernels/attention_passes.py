@@ -1,0 +1,66 @@
+"""Passes of attention over the blocks of a mask: compiled where they can be, with torch alone everywhere else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gossamer.kernels import attention_native as compiled
+from gossamer.kernels import attention_reference as reference
+from gossamer.kernels import attention_triton as graphics
+from gossamer.kernels.attention_reference import Visibility
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exps."""
+    if compiled.suits("attention_forward", q, k, v):
+        return compiled.forward(q, k, v, visible, scale)
+    if graphics.suits(q, k, v):
+        return graphics.forward(q, k, v, visible, scale)
+    return reference.forward(q, k, v, visible, scale)
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    visible: Visibility,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    if compiled.suits("attention_backward", *saved[:3], grads[0]):
+        return compiled.backward(grads, saved, visible, scale)
+    return reference.backward(grads, saved, visible, scale)
+
+
+def block_mass(
+    q: Tensor, k: Tensor, lse: Tensor, block_size: tuple[int, int], visible: Visibility, scale: float
+) -> Tensor:
+    """Weights summed over blocks."""
+    if compiled.suits("attention_block_mass", q, k):
+        return compiled.block_mass(q, k, lse, block_size, visible, scale)
+    return reference.block_mass(q, k, lse, block_size, visible, scale)
+
+
+def antidiagonal_mass(
+    q: Tensor, k: Tensor, stride: int, block_size: int, causal: bool, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    """Estimated attention of blocks."""
+    chosen = compiled if compiled.suits("attention_antidiagonal_mass", q, k) else reference
+    return chosen.antidiagonal_mass(q, k, stride, block_size, causal, scale, key_mask)
+
+
+def gather(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs over listed keys, and log-sum-exps."""
+    if compiled.suits("attention_gather", q, k, v):
+        return compiled.gather(q, k, v, indices, counts, scale)
+    if graphics.suits(q, k, v):
+        return graphics.gather(q, k, v, indices, counts, scale)
+    return reference.gather(q, k, v, indices, counts, scale)
+
+
+def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
+    """The keys whose labels agree best with the queries'."""
+    if count and compiled.suits("attention_label_topk", q, k):
+        return compiled.label_topk(q, k, count, key_mask, pooling)
+    return reference.label_topk(q, k, count, key_mask, pooling)

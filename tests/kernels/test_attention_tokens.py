@@ -1,0 +1,170 @@
+"""Attention over listed tokens, and their choice by labels or pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+from gossamer.kernels import attention_native, native
+from gossamer.kernels.attention import attention_with_lse, gather_attention, label_topk, page_scores
+
+
+@pytest.fixture(params=["reference", *native.instruction_sets()])
+def way(request, monkeypatch):
+    """Every way in which attention can be computed on this machine, with torch alone first."""
+    if request.param == "reference":
+        monkeypatch.setattr(attention_native, "offers", lambda name: False)
+        yield request.param
+    else:
+        if not native.offers("attention_gather"):
+            pytest.skip("the compiled kernels are older than attention")
+        with native.using(request.param):
+            yield request.param
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "shared", "queries", "keys", "size", "value_size", "tokens", "per_head"),
+    [
+        (1, 1, 1, 1, 64, 64, 64, 10, True),
+        (2, 8, 2, 1, 300, 80, 33, 70, False),
+        (2, 8, 2, 3, 300, 33, 128, 64, True),
+        (1, 4, 2, 20, 500, 128, 128, 300, False),
+        (1, 2, 2, 1, 3000, 96, 256, 2049, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_listed_tokens_are_attended_to_exactly(
+    way, batch, heads, shared, queries, keys, size, value_size, tokens, per_head, dtype
+):
+    q, k = draw(batch, heads, queries, size, dtype=dtype), draw(batch, shared, keys, size, seed=1, dtype=dtype)
+    v = draw(batch, keys, shared, value_size, seed=2, dtype=dtype).transpose(1, 2)
+    generator = torch.Generator().manual_seed(3)
+    lists = heads if per_head else shared
+    indices = torch.randint(keys, (batch, lists, tokens), generator=generator)
+    counts = torch.randint(tokens + 1, (batch, lists), generator=generator)
+    counts[0, 0] = 0
+    for some in (None, counts):
+        found, lse = gather_attention(q, k, v, indices.int(), some, return_lse=True)
+        for b in range(batch):
+            for h in range(heads):
+                row = h * lists // heads
+                places = indices[b, row, : tokens if some is None else int(some[b, row])]
+                key, value = (x[b, h * shared // heads, places].double() for x in (k, v))
+                scores = q[b, h].double() @ key.mT * size**-0.5
+                tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+                wanted = scores.softmax(-1) @ value
+                torch.testing.assert_close(found[b, h].double(), wanted, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(lse[b, h].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gather_attention(q, k, v, indices), gather_attention(q, k, v, indices.int()))
+
+
+def test_all_tokens_are_dense_attention(way):
+    q, k, v = draw(1, 4, 1, 64), draw(1, 2, 200, 64, seed=1), draw(1, 2, 200, 64, seed=2)
+    found = gather_attention(q, k, v, torch.arange(200).expand(1, 2, 200))
+    torch.testing.assert_close(found, attention_with_lse(q, k, v)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_that_are_not_listed_are_not_read(way):
+    q, k, v = draw(1, 1, 1, 16), draw(1, 1, 50, 16, seed=1), draw(1, 1, 50, 16, seed=2)
+    indices = torch.arange(0, 50, 2)[None, None]
+    wanted = gather_attention(q, k, v, indices)
+    k[:, :, 1::2] = v[:, :, 1::2] = float("nan")
+    assert torch.equal(gather_attention(q, k, v, indices), wanted)
+    k[:, :, 4] = float("nan")
+    assert gather_attention(q, k, v, indices).isnan().all()
+
+
+def best(scores: list[float], count: int) -> list[int]:
+    """Of equal scores the lower index."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("keys", "labels", "count"), [(100, 4, 10), (333, 8, 333), (5000, 16, 300), (70, 5, 1), (99, 3, 50), (40, 8, 99)]
+)
+def test_labels_choose_the_highest_scores_and_of_equal_ones_the_lower(way, keys, labels, count, dtype):
+    q, k = draw(2, 4, labels, dtype=dtype).round(), draw(2, 2, keys, labels, seed=1, dtype=dtype).round()  # many ties
+    real = torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) < 0.7
+    for pooling in ("sum", "max", None):
+        for mask in (None, real):
+            found = label_topk(q, k, count, key_mask=mask, pooling=pooling)
+            assert found.shape == (2, 4 if pooling is None else 2, min(count, keys))
+            assert found.dtype == torch.int64
+            for b in range(2):
+                for h in range(found.shape[1]):
+                    heads = [h] if pooling is None else [2 * h, 2 * h + 1]
+                    shared = h // 2 if pooling is None else h
+                    each = torch.stack([k[b, shared].float() @ q[b, i].float() for i in heads])
+                    scores = each.amax(0) if pooling == "max" else each.sum(0)
+                    if mask is not None:
+                        scores = scores.masked_fill(~mask[b], float("-inf"))
+                    assert found[b, h].tolist() == best(scores.tolist(), count)
+
+
+def test_a_nan_label_is_chosen(way):
+    q, k = draw(1, 1, 8), draw(1, 1, 60, 8, seed=1)
+    k[0, 0, 37, 2] = float("nan")
+    for pooling in ("sum", "max", None):
+        assert 37 in label_topk(q, k, 3, pooling=pooling)[0, 0].tolist()
+
+
+def test_choice_and_attention_do_not_depend_on_threads(way):
+    q, k = draw(1, 4, 1, 64), draw(1, 2, 3000, 64, seed=1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            chosen = label_topk(q[:, :, 0, :4], k[..., :4], 1500)
+            found.append((chosen, gather_attention(q, k, k, chosen)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    if way != "reference":  # where torch divides its own products differently
+        assert torch.equal(found[0][1], found[1][1])
+
+
+def test_no_key_of_a_page_beats_its_score():
+    q, k = draw(2, 4, 3, 16), draw(2, 2, 64, 16, seed=1)
+    pages = k.unflatten(2, (8, 8))
+    found = page_scores(q, pages.amin(3), pages.amax(3))
+    bound = torch.maximum(
+        q[:, :, :, None] * pages.amin(3).repeat_interleave(2, 1)[:, :, None],
+        q[:, :, :, None] * pages.amax(3).repeat_interleave(2, 1)[:, :, None],
+    ).sum(-1)
+    torch.testing.assert_close(found, bound)
+    every = (q @ k.repeat_interleave(2, 1).mT).unflatten(-1, (8, 8)).amax(-1)
+    assert (every <= found + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("indices", "counts", "text"),
+    [
+        (torch.zeros(1, 3, 5, dtype=torch.int64), None, "2 or 1"),
+        (torch.zeros(1, 1, 5), None, "int32 or int64"),
+        (torch.full((1, 1, 5), 50), None, "0 … 49"),
+        (torch.full((1, 1, 5), -1), None, "from -1"),
+        (torch.zeros(1, 1, 5, dtype=torch.int64), torch.tensor([[6]]), "0 … 5"),
+        (torch.zeros(1, 1, 5, dtype=torch.int64), torch.tensor([6]), "counts is"),
+    ],
+)
+def test_bad_lists_are_refused(indices, counts, text):
+    q, k = draw(1, 2, 1, 16), draw(1, 1, 50, 16)
+    with pytest.raises(ConfigurationError, match=text):
+        gather_attention(q, k, k, indices, counts)
+
+
+def test_bad_labels_are_refused():
+    q, k = draw(1, 2, 4), draw(1, 1, 50, 4)
+    with pytest.raises(ConfigurationError, match="count is 0"):
+        label_topk(q, k, 0)
+    with pytest.raises(ConfigurationError, match="pooling is 'mean'"):
+        label_topk(q, k, 3, pooling="mean")
+    with pytest.raises(ConfigurationError, match="batch and head size"):
+        label_topk(q, k[..., :3], 3)
