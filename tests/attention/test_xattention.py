@@ -213,3 +213,14 @@ def test_bad_input_is_refused(tiny_llama):
         method.calibrate(tiny_llama, [torch.ones(1, 6, dtype=torch.long)], progress=False)
     with pytest.raises(ConfigurationError, match="scoring is 'spiral'"):
         score_blocks(call_of(40, 40), "spiral", 4, 8)
+
+
+def test_padding_is_not_counted(tiny_llama, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :48] = 0
+    densities = []
+    for options in ({"input_ids": tokens, "attention_mask": mask}, {"input_ids": tokens}):
+        with torch.no_grad(), XAttention(threshold=1.0, stride=4, block_size=8).active(tiny_llama) as installed:
+            tiny_llama.generate(**options, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+            densities += [installed.report().density(phase) for phase in ("prefill", "decode")]
+    assert densities == [1, 1, 1, 1]

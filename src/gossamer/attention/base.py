@@ -67,12 +67,17 @@ class Tally:
         return self.computed / self.allowed if self.allowed else float("nan")
 
     def add(self, density: float, call: AttentionCall, dense: bool) -> None:
-        """Count a call."""
+        """Count a call; padding does not count."""
         queries, keys = call.query.shape[2], call.key.shape[2]
-        pairs = queries * keys - (queries * (queries - 1) / 2 if call.causal else 0)
         batch = call.query.shape[0]
-        self.computed += density * pairs * batch
-        self.allowed += pairs * batch
+        pairs = batch * (queries * keys - (queries * (queries - 1) / 2 if call.causal else 0))
+        allowed = pairs
+        if call.key_mask is not None:
+            seen = call.key_mask.long()
+            each = (seen.cumsum(1) * seen)[:, -queries:] if call.causal else queries * seen
+            allowed = float(each.sum())
+        self.computed += min(density * pairs, allowed)
+        self.allowed += allowed
         self.calls += 1
         self.dense_calls += dense
 

@@ -218,7 +218,7 @@ def train_predictor(
     target: Target = "log",
     causal: bool = False,
     steps: int = 300,
-    learning_rate: float = 1e-2,
+    learning_rate: float | None = None,
     seed: int = 0,
 ) -> BlockPredictor:
     """Train the predictor of one layer.
@@ -237,7 +237,8 @@ def train_predictor(
     causal
         See :class:`BlockPredictor`.
     steps, learning_rate
-        Of Adam, one sequence a step, cooled down along a line.
+        Of Adam, one sequence a step, cooled down along a line; by default from 0.01, and less in proportion for hidden
+        states wider than 64, of which each step would otherwise move the scores too far.
     seed
         Of weights and order.
 
@@ -253,7 +254,8 @@ def train_predictor(
     if not observations:
         raise CalibrationError("no blocks to learn a predictor from; give at least one batch")
     predictor = BlockPredictor(observations[0].pooled.shape[-1], rank, seed).to(observations[0].pooled.device)
-    optimizer = torch.optim.Adam(predictor.parameters(), lr=learning_rate)
+    rate = 1e-2 * min(1.0, 64 / observations[0].pooled.shape[-1]) if learning_rate is None else learning_rate
+    optimizer = torch.optim.Adam(predictor.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     generator = generator_for("order of blocks", seed)
     for _ in range(steps):

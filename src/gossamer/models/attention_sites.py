@@ -165,6 +165,7 @@ class AttentionSite:
 
 
 _NAME = "gossamer"
+_COMPARED = 1 << 24  # links that are looked at together
 _SITES: weakref.WeakKeyDictionary[nn.Module, AttentionSite] = weakref.WeakKeyDictionary()
 
 
@@ -235,13 +236,20 @@ def _configurations(model: nn.Module) -> list[tuple[Any, str]]:
 
 
 def _links(
-    queries: int, keys: int, causal: bool, window: int | None, real: Tensor | None, device: torch.device
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    real: Tensor | None,
+    device: torch.device,
+    rows: slice = slice(None),
 ) -> Tensor | None:
+    """Links of some rows of queries; None if all of them read everything."""
     if not causal and window is not None:
         raise ConfigurationError("a window is for causal attention; leave it out")
     links = None
     if causal and (queries > 1 or (window is not None and window < keys)):
-        place = torch.arange(queries, device=device)[:, None] + (keys - queries)
+        place = torch.arange(queries, device=device)[rows, None] + (keys - queries)
         key = torch.arange(keys, device=device)
         links = key <= place
         if window is not None:
@@ -255,20 +263,29 @@ def _links(
 
 def _parse(mask: Tensor, queries: int, causal: bool, window: int | None) -> tuple[Tensor | None, int] | None:
     """Which keys are real, and how many the cache holds; None if the mask is more than causality and padding."""
-    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
-    if seen.dim() != 4 or seen.shape[1] != 1:
+    if mask.dim() != 4 or mask.shape[1] != 1:
         return None
-    real = seen[:, 0].any(1)
+    step = max(1, _COMPARED // max(1, mask[:, :, :1].numel()))
+    parts = [slice(first, first + step) for first in range(0, mask.shape[2], step)]
+    real = torch.zeros(mask.shape[0], mask.shape[3], dtype=torch.bool, device=mask.device)
+    for rows in parts:
+        real |= _seen(mask[:, 0, rows]).any(1)
     anyone = real.any(0).nonzero()
     length = int(anyone[-1]) + 1 if len(anyone) else 0
     if length < queries:
         return None
     real = real[:, :length]
-    expected = _links(queries, length, causal, window if causal else None, real, mask.device)
-    if not bool((seen[..., :length] == expected).all()):
-        return None
+    for rows in parts:
+        expected = _links(queries, length, causal, window if causal else None, real, mask.device, rows)
+        if not bool((_seen(mask[:, :, rows, :length]) == expected).all()):
+            return None
     whole = bool(real.all()) or (window is not None and not bool(_padding(real, queries, window).any()))
     return (None if whole else real), length
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Links that a mask allows, whether it is of truths or of what is added to scores."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 
 
 def _padding(real: Tensor, queries: int, window: int) -> Tensor:

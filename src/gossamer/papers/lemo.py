@@ -1,10 +1,10 @@
 """LeMo's claims on a pretrained language model: half of the tokens of a long text are enough, if they are well chosen.
 
 Documents are pieces of a book with numbered values between them; at their end some of the values are asked for, and
-these answers alone bear labels. A model is fine-tuned on them by LoRA with all tokens, or with half of the blocks of
-every layer: those that receive most attention, as predictors see it coming, or those that chance picks. Every model is
-judged on held-out documents with all tokens; the one that was tuned dense also with half of them, chosen in all ways,
-which shows what the choice is worth.
+these answers alone bear labels, and stay in every layer. A model is fine-tuned on them by LoRA with all tokens, or with
+half of the blocks of every layer: those that receive most attention, as predictors see it coming, or those that chance
+picks. Every model is judged on held-out documents with all tokens; the one that was tuned dense also with half of them,
+chosen in all ways, which shows what the choice is worth.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     loaded = load(settings["model"], dtype="float32")
     model, length = loaded.model, settings["length"]
     documents = Documents(loaded.tokenizer, settings["pairs"], settings["questions"], seed)
-    config = TokenSparseConfig(block=settings["block"], share=SHARE, predictor_rank=settings["rank"])
+    rules = {"block": settings["block"], "predictor_rank": settings["rank"], "loss_layers": settings["loss layers"]}
+    config = TokenSparseConfig(share=SHARE, **rules)
     fitted = [tokens for tokens, _ in documents.draw(settings["fitted"], length)]
     predictors = fit_predictors(model, fitted, config, progress=False, steps=settings["predictor steps"])
     longer = [tokens for tokens, _ in documents.draw(settings["longer"], 2 * length, held_out=True)]
@@ -236,6 +237,7 @@ _QUICK = {
     "questions": 8,
     "block": 16,
     "rank": 32,
+    "loss layers": 30,
     "fitted": 3,
     "predictor steps": 100,
     "longer": 1,

@@ -139,7 +139,7 @@ def decide(observations: Sequence[Observation]) -> Verdict:
     """The card's four checks."""
     everything = [unpacked(observation) for observation in observations]
     families = [able(found) for found in everything]
-    budget = max(_budget_errors(families).values(), default=0.0)
+    budget = max(_budget_errors(everything).values(), default=0.0)
     gaps = {kind: _between(families, "vertical-slash", "block-sparse", names) for kind, names in _KINDS.items()}
     phases = _phases(families)
     laws = {phase: _law(everything, phase) for phase in ("prefill", "decode")}
@@ -352,8 +352,8 @@ experiment = Experiment(
         "predicts the largest."
     ),
     rule=(
-        "on tasks that a model does with at least half accuracy: holds if every method's mean sparsity is within 0.02 "
-        "of what was asked, vertical-slash minus block-sparse is above zero on retrieval and below on aggregation, "
+        "holds if every method's sparsity, mean of all tasks, is within 0.02 of what was asked and, on tasks that a "
+        "model does with at least half accuracy, vertical-slash minus block-sparse is above zero on retrieval and below on aggregation, "
         "safe sparsity of decoding minus prefill is not below zero, all with 95% intervals, and the law of "
         "vertical-slash in prefill and of quest in decoding errs less on the largest model than the mean of each task; "
         "does not hold if any lies wholly on the other side"
