@@ -354,9 +354,9 @@ experiment = Experiment(
     rule=(
         "holds if every method's sparsity, mean of all tasks, is within 0.02 of what was asked and, on tasks that a "
         "model does with at least half accuracy, vertical-slash minus block-sparse is above zero on retrieval and "
-        "below on aggregation, safe sparsity of decoding minus prefill is not below zero, all with 95% intervals, and the law of "
-        "vertical-slash in prefill and of quest in decoding errs less on the largest model than the mean of each task; "
-        "does not hold if any lies wholly on the other side"
+        "below on aggregation, safe sparsity of decoding minus prefill is not below zero, all with 95% intervals, and "
+        "the law of vertical-slash in prefill and of quest in decoding errs less on the largest model than the mean of "
+        "each task; does not hold if any lies wholly on the other side"
     ),
     run=run,
     decide=decide,
