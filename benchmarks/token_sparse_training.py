@@ -39,7 +39,7 @@ def measure(options: Options) -> list[Row]:
         "theirs": _step(model, tokens, sparsity, False, False),
         "dense, loss in segments": _step(model, tokens, sparsity, False, True),
     }
-    timings = interleave(steps, repeats=1 if options.quick else 5)
+    timings = interleave(steps, repeats=1 if options.quick else 3)
     saved = {name: _saved(model, step) for name, step in steps.items()}
     segmented = timings["dense, loss in segments"]
     case = f"LoRA, {length:,} tokens, {sparsity.report.share:.0%} of them in a layer"
