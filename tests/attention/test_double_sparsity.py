@@ -356,9 +356,8 @@ def test_offloaded_decoding_is_exact_when_neighbouring_layers_are_alike(tokens, 
         found = model.generate(tokens, output_logits=True, return_dict_in_generate=True, **options)
         assert rules.hits.rates == {1: 1.0, 2: 1.0, 3: 1.0}
         assert rules.hits.fetched_bytes == 3 * 5 * 2 * HEADS * 8 * SIZE * 4 * 2
-        assert installed.report().density("decode") == pytest.approx(
-            (1 + 3 * 9 / (73 - 20 / 2)) / 4, abs=0.005
-        )  # half of the rows have 20 tokens of padding
+        keys = 73 - 20 / 2  # one of two rows has 20 tokens of padding
+        assert installed.report().density("decode") == pytest.approx((1 + 3 * 9 / keys) / 4, abs=0.005)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-4, atol=1e-4)
     assert list(tmp_path.iterdir()) == []  # the files have no name
     assert not any(module._forward_pre_hooks for module in model.modules())
