@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gossamer.kernels import native
+from gossamer.kernels import attention_native, native
 
 
 @pytest.fixture(params=["reference", *native.instruction_sets()])
@@ -13,5 +13,18 @@ def face(request, monkeypatch):
             monkeypatch.setattr(f"gossamer.kernels.{module}.available", lambda: False)
         yield request.param
     else:
+        with native.using(request.param):
+            yield request.param
+
+
+@pytest.fixture(params=["reference", *native.instruction_sets()])
+def way(request, monkeypatch):
+    """Every way in which attention can be computed on this machine, with torch alone first."""
+    if request.param == "reference":
+        monkeypatch.setattr(attention_native, "offers", lambda name: False)
+        yield request.param
+    else:
+        if not all(native.offers(f"attention_{part}") for part in ("forward", "backward", "gather")):
+            pytest.skip("the compiled kernels are older than attention")
         with native.using(request.param):
             yield request.param

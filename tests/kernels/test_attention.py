@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import ConfigurationError
-from gossamer.kernels import attention, attention_native, attention_reference, native
+from gossamer.kernels import attention, attention_reference
 from gossamer.kernels.attention import antidiagonal_mass, attention_with_lse, block_mass, block_sparse_attention
 
 #: batch, heads, key heads, queries, keys, size, value size, block of queries, of keys, causal, window, padding
@@ -25,19 +25,6 @@ SHAPES = [
     (1, 2, 1, 5, 500, 128, 128, 64, 64, True, None, True),
     (2, 2, 2, 40, 30, 64, 64, 16, 8, False, None, True),
 ]
-
-
-@pytest.fixture(params=["reference", *native.instruction_sets()])
-def way(request, monkeypatch):
-    """Every way in which attention can be computed on this machine, with torch alone first."""
-    if request.param == "reference":
-        monkeypatch.setattr(attention_native, "offers", lambda name: False)
-        yield request.param
-    else:
-        if not native.offers("attention_forward"):
-            pytest.skip("the compiled kernels are older than attention")
-        with native.using(request.param):
-            yield request.param
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

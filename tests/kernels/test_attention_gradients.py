@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.block_mask import BlockMask
-from gossamer.kernels import attention_native, attention_operators, native
+from gossamer.kernels import attention_operators
 from gossamer.kernels.attention import (
     antidiagonal_mass,
     attention_with_lse,
@@ -16,19 +16,6 @@ from gossamer.kernels.attention import (
     gather_attention,
     label_topk,
 )
-
-
-@pytest.fixture(params=["reference", *native.instruction_sets()])
-def way(request, monkeypatch):
-    """Every way in which attention can be computed on this machine, with torch alone first."""
-    if request.param == "reference":
-        monkeypatch.setattr(attention_native, "offers", lambda name: False)
-        yield request.param
-    else:
-        if not native.offers("attention_backward"):
-            pytest.skip("the compiled kernels are older than attention")
-        with native.using(request.param):
-            yield request.param
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,21 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.kernels import attention_native, native
 from gossamer.kernels.attention import attention_with_lse, gather_attention, label_topk, page_scores
-
-
-@pytest.fixture(params=["reference", *native.instruction_sets()])
-def way(request, monkeypatch):
-    """Every way in which attention can be computed on this machine, with torch alone first."""
-    if request.param == "reference":
-        monkeypatch.setattr(attention_native, "offers", lambda name: False)
-        yield request.param
-    else:
-        if not native.offers("attention_gather"):
-            pytest.skip("the compiled kernels are older than attention")
-        with native.using(request.param):
-            yield request.param
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.attention.base import check_share
-from gossamer.attention.last_queries import ranks
+from gossamer.attention.selection import ranks
 from gossamer.attention.snap_kv import SnapKV
 from gossamer.core.registry import register
 from gossamer.models.attention_sites import AttentionCall

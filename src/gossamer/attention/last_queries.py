@@ -54,13 +54,6 @@ def diagonal_sums(weights: Tensor) -> Tensor:
     return shifted.masked_fill(column < 0, 0.0).sum(-2)
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """Place of every score in its row, 0 for the highest; of equal ones the first comes first."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
-
-
 def strips(call: AttentionCall, columns: Tensor, diagonals: Tensor, block_size: int) -> BlockMask:
     """The mask of some columns and diagonals: columns one by one, diagonals as blocks of rows.
 

@@ -35,8 +35,8 @@ def top_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor, always: Tens
     counts = torch.as_tensor(keep, device=scores.device)
     if bool((counts < 1).any()):
         raise ConfigurationError(f"keep is {int(counts.min())}; every row of queries must read at least one block")
-    best = _ranks(_forced(scores, allowed, always)) < counts[..., None]
-    return best if always is None else (best | always) & allowed
+    best = (ranks(_forced(scores, allowed, always)) < counts[..., None]) & allowed
+    return best if always is None else best | (always & allowed)
 
 
 def mass_blocks(scores: Tensor, threshold: float | Tensor, allowed: Tensor, always: Tensor | None = None) -> Tensor:
@@ -107,9 +107,8 @@ def _forced(scores: Tensor, allowed: Tensor, always: Tensor | None) -> Tensor:
     return found if always is None else found.masked_fill(always & allowed, float("inf"))
 
 
-def _ranks(scores: Tensor) -> Tensor:
-    """Place of every score in its row, from the highest; scores of −∞ come out behind every count."""
+def ranks(scores: Tensor) -> Tensor:
+    """Place of every score in its row, 0 for the highest; of equal ones the first comes first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
-    ranks = torch.empty_like(order).scatter_(-1, order, places)
-    return ranks.masked_fill(scores == float("-inf"), scores.shape[-1] + 1)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)

@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from gossamer.attention.base import Answer, Installed, SparseAttention
 from gossamer.attention.eviction import EvictedLayer, EvictingInstalled, layer_of
-from gossamer.attention.last_queries import last_query_weights, ranks
+from gossamer.attention.last_queries import last_query_weights
+from gossamer.attention.selection import ranks
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import gather_attention

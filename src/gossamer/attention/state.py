@@ -8,6 +8,7 @@ that was found at another length.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,7 +152,7 @@ def _size(value: Any) -> int:
 
 
 @dataclass(kw_only=True)
-class StepwiseAttention(SparseAttention):
+class StepwiseAttention(SparseAttention, ABC):
     """A method that remembers something from step to step; attention must see both directions.
 
     It works in the denoisers of :mod:`gossamer.models`, whose samplers tell it about steps; in transformers of
@@ -198,9 +199,9 @@ class StepwiseAttention(SparseAttention):
             )
         return self.mix(call)
 
+    @abstractmethod
     def mix(self, call: AttentionCall) -> Answer | None:
         """What the method does at the current step; None for dense attention."""
-        raise NotImplementedError
 
     def install(self, model: nn.Module) -> Installed:
         """Put the method into a model, until ``remove()`` or the end of a ``with`` block.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gossamer.attention.base import SparseAttention, check_share
-from gossamer.attention.last_queries import diagonal_sums, largest_strips, last_query_weights, ranks, strips
+from gossamer.attention.last_queries import diagonal_sums, largest_strips, last_query_weights, strips
+from gossamer.attention.selection import ranks
 from gossamer.core.block_mask import BlockMask
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError

@@ -8,7 +8,7 @@ with thresholds that the rule has learned meanwhile, so that no result depends o
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ Chosen = tuple[Tensor, Tensor]
 """Feature of every match, token after token, and where each token's matches begin: see ``SparseCodes``."""
 
 
-class ActivationRule(nn.Module):
+class ActivationRule(nn.Module, ABC):
     """Chooses among non-negative affinities ``(tokens, features)``."""
 
     def build(self, features: int) -> None:
@@ -38,7 +38,6 @@ class ActivationRule(nn.Module):
         effect
             Change of the model's loss along every feature for every token, of the same shape, if it is known.
         """
-        raise NotImplementedError
 
     def choose(self, affinity: Tensor, effect: Tensor | None = None) -> Chosen:
         """The chosen matches as a list."""
@@ -52,7 +51,7 @@ class ActivationRule(nn.Module):
         return before.relu()
 
     def settings(self) -> dict[str, Any]:
-        """Plain values that :func:`rule_from` makes the same rule of."""
+        """Plain values that say which rule this is."""
         return {"rule": type(self).__name__}
 
 

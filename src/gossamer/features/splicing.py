@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.core.progress import track
 from gossamer.errors import CalibrationError, ModelError
+from gossamer.features.gradients import loss_gradient
 from gossamer.features.sae import SAE
 from gossamer.features.store import find_site
 from gossamer.measure.windows import evaluation_mode, logits_of
@@ -106,10 +107,28 @@ def evaluate_splice(
     documents: Iterable[Tensor],
     skip_first: int = 1,
     progress: bool = True,
+    with_gradients: bool = False,
 ) -> SpliceReport:
     """Measure what a model loses through an autoencoder in the place of a module's output.
 
-    The mean activation that stands for ablation is that of the same documents.
+    As :func:`evaluate_splices`, for a single autoencoder.
+    """
+    return evaluate_splices(model, site, {"": sae}, documents, skip_first, progress, with_gradients)[""]
+
+
+def evaluate_splices(
+    model: nn.Module,
+    site: str | int,
+    saes: Mapping[str, SAE],
+    documents: Iterable[Tensor],
+    skip_first: int = 1,
+    progress: bool = True,
+    with_gradients: bool = False,
+) -> dict[str, SpliceReport]:
+    """Measure what a model loses through each of several autoencoders in the place of a module's output.
+
+    The mean activation that stands for ablation is that of the same documents. What does not depend on the
+    autoencoders, the model as it is and with the mean in their place, is computed once.
 
     Parameters
     ----------
@@ -117,90 +136,120 @@ def evaluate_splice(
         A causal language model.
     site
         Name of the module, or number of the block.
-    sae
-        In evaluation mode, so that tokens do not depend on each other.
+    saes
+        Name → autoencoder in evaluation mode, so that tokens do not depend on each other.
     documents
         Token ids, each ``(tokens,)`` or ``(1, tokens)``, unseen in training.
     skip_first
-        Tokens at the beginning that pass as they are, as in the store that the autoencoder was trained on.
+        Tokens at the beginning that pass as they are, as in the store that the autoencoders were trained on.
+    with_gradients
+        Whether autoencoders are told the gradient of the model's loss on the same document, which rules such as
+        :class:`GradientTopK` look at. It knows what comes next, so a model cannot generate text this way.
+
+    Returns
+    -------
+    dict
+        Name → report.
 
     Raises
     ------
     CalibrationError
         If no document has a token to predict.
     ModelError
-        If activations are not of the autoencoder's size.
+        If activations are not of the autoencoders' size.
     """
     texts = [text.reshape(1, -1) for text in documents]
     texts = [text for text in texts if text.shape[1] > skip_first + 1]
     if not texts:
         raise CalibrationError(f"no document has more than {skip_first + 1} tokens; give longer ones")
-    state = _Sums(sae)
+    sums = {name: _Sums(sae) for name, sae in saes.items()}
+    dense, ablated = _Loss(), _Loss()
     with evaluation_mode(model):
-        for text in track(texts, "means of activations", enabled=progress):
-            with edited(model, site, state.watch(skip_first)):
-                run_batch(model, text)
+        moments = _moments(model, site, texts, skip_first, progress)
         for text in track(texts, "splicing", enabled=progress):
-            dense = _log_probabilities(model, text)
-            with edited(model, site, state.explain(skip_first), skip_first):
-                spliced = _log_probabilities(model, text)
-            with edited(model, site, state.ablate, skip_first):
-                ablated = _log_probabilities(model, text)
-            state.add(text, dense, spliced, ablated)
-    return state.report()
+            log_dense = _log_probabilities(model, text)
+            dense.add(text, log_dense)
+            with edited(model, site, lambda x: moments.mean.to(x).expand_as(x), skip_first):
+                ablated.add(text, _log_probabilities(model, text))
+            gradient = loss_gradient(model, find_site(model, site)[1], text)[1] if with_gradients else None
+            for one in sums.values():
+                with edited(model, site, one.explaining(skip_first, gradient), skip_first):
+                    one.add(text, _log_probabilities(model, text), log_dense)
+    return {name: one.report(dense, ablated, moments) for name, one in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Moments:
+    mean: Tensor
+    variance: float  # sum over activations of the squared distance from the mean
+    rows: int
+
+
+def _moments(model: nn.Module, site: str | int, texts: list[Tensor], skip: int, progress: bool) -> _Moments:
+    kept: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        rows = x[:, skip:].reshape(-1, x.shape[-1]).double()
+        kept.append(torch.stack([rows.sum(0), rows.square().sum(0), torch.full_like(rows[0], len(rows))]))
+        return x
+
+    for text in track(texts, "means of activations", enabled=progress):
+        with edited(model, site, look):
+            run_batch(model, text)
+    total, squares, count = torch.stack(kept).sum(0)
+    return _Moments(total / count, float((squares - total.square() / count).sum()), int(count[0]))
+
+
+class _Loss:
+    """Mean loss of predicted tokens."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, text: Tensor, log: Tensor) -> None:
+        wanted = text[0, 1:, None]
+        self.total -= float(log.gather(1, wanted).double().sum())
+        self.tokens += len(wanted)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens
 
 
 class _Sums:
-    def __init__(self, sae: SAE):
-        self.sae = sae
-        self.total, self.rows, self.squares = torch.zeros(sae.d_in, dtype=torch.float64), 0, 0.0
-        self.error, self.active, self.tokens = 0.0, 0, 0
-        self.losses, self.divergence = [0.0, 0.0, 0.0], 0.0
+    """What is counted for one autoencoder."""
 
-    def watch(self, skip: int) -> Edit:
-        def look(x: Tensor) -> Tensor:
+    def __init__(self, sae: SAE):
+        self.sae, self.loss = sae, _Loss()
+        self.error, self.active, self.divergence = 0.0, 0, 0.0
+
+    def explaining(self, skip: int, gradient: Tensor | None) -> Edit:
+        def replace(x: Tensor) -> Tensor:
             if x.shape[-1] != self.sae.d_in:
                 raise ModelError(f"activations have {x.shape[-1]} numbers, the autoencoder is for {self.sae.d_in}")
-            rows = x[:, skip:].reshape(-1, x.shape[-1]).double()
-            self.total += rows.sum(0)
-            self.rows += len(rows)
-            self.squares += float(rows.square().sum())
-            return x
-
-        return look
-
-    def explain(self, skip: int) -> Edit:
-        def replace(x: Tensor) -> Tensor:
-            explained = self.sae(x.to(self.sae.decoder.dtype))
+            kind = self.sae.decoder.dtype
+            explained = self.sae(x.to(kind), None if gradient is None else gradient.to(kind))
             wrong = (explained.output - x)[:, skip:]
             self.error += float(wrong.double().square().sum())
-            self.active += int((explained.codes.to_dense().view(*x.shape[:2], -1)[:, skip:] > 0).sum())
+            counted = explained.codes.row_of % x.shape[1] >= skip
+            self.active += int((explained.codes.values[counted] > 0).sum())
             return explained.output
 
         return replace
 
-    def ablate(self, x: Tensor) -> Tensor:
-        return (self.total / self.rows).to(x.dtype).expand_as(x)
-
-    def add(self, text: Tensor, *logs: Tensor) -> None:
-        wanted = text[0, 1:, None]
-        for number, log in enumerate(logs):
-            self.losses[number] -= float(log.gather(1, wanted).double().sum())
-        dense, spliced = logs[0], logs[1]
+    def add(self, text: Tensor, spliced: Tensor, dense: Tensor) -> None:
+        self.loss.add(text, spliced)
         self.divergence += float((dense.exp() * (dense - spliced)).double().sum())
-        self.tokens += len(wanted)
 
-    def report(self) -> SpliceReport:
-        dense, spliced, ablated = (loss / self.tokens for loss in self.losses)
-        variance = self.squares - float(self.total.square().sum()) / self.rows
+    def report(self, dense: _Loss, ablated: _Loss, moments: _Moments) -> SpliceReport:
         return SpliceReport(
-            dense,
-            spliced,
-            ablated,
-            self.divergence / self.tokens,
-            self.error / variance if variance else math.nan,
-            self.active / self.rows,
-            self.tokens,
+            dense.mean,
+            self.loss.mean,
+            ablated.mean,
+            self.divergence / dense.tokens,
+            self.error / moments.variance if moments.variance else math.nan,
+            self.active / moments.rows,
+            dense.tokens,
         )
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from gossamer.core.progress import track
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import JumpReLU
-from gossamer.features.losses import ZipfFit, auxiliary_loss, fit_zipf, l1_penalty, reconstruction_loss, underuse
+from gossamer.features.losses import (
+    ZipfFit,
+    auxiliary_loss,
+    fit_zipf,
+    l1_penalty,
+    reconstruction_loss,
+    underuse,
+    unexplained_variance,
+)
 from gossamer.features.sae import SAE, Explained
 from gossamer.storage.atomic import atomic_file
 
@@ -181,7 +189,7 @@ class Learner:
         known = memory if number else 0.0
         self.density.mul_(known).add_(active.float() / len(x), alpha=1 - known)
         self.silent = torch.where(active > 0, 0, self.silent + len(x))
-        unexplained = (explained.output - x).square().sum() / (x - x.mean(0)).square().sum()
+        unexplained = unexplained_variance(explained.output, x)
         return {
             "step": float(number),
             "loss": loss,

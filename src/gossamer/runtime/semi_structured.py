@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.patterns import NM
+from gossamer.core.targets import find_targets
 from gossamer.errors import ConfigurationError, PatternError, TargetError
 from gossamer.kernels.nm import NMMatrix
 from gossamer.storage.layers import SparseLinear
@@ -59,10 +59,9 @@ def compress_nm(
     if not isinstance(wanted, NM) or wanted.dim != 1:
         raise PatternError(f"pattern is {pattern}; layers are stored in N:M along their inputs, such as 2:4")
     found: dict[str, Form] = {}
-    for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or not _matches(name, include) or _matches(name, exclude):
-            continue
-        if not follows(layer.weight, wanted):
+    for target in find_targets(model, include, exclude, heads=True):
+        name, layer = target.module_name, target.module
+        if type(layer) is not nn.Linear or not follows(layer.weight, wanted):
             continue
         found[name] = form = form_for(layer.weight, wanted)
         if form == "semi-structured":
@@ -90,7 +89,3 @@ def form_for(weight: Tensor, pattern: NM) -> Form:
     fits = (pattern.n, pattern.m) == (2, 4) and weight.dtype in _TYPES and not any(s % _ROWS for s in weight.shape)
     cores = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= _CORES
     return "semi-structured" if fits and cores else "packed"
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
