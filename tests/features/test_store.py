@@ -18,6 +18,7 @@ from gossamer.errors import (
     UnknownNameError,
 )
 from gossamer.features import store as module
+from gossamer.features.gradients import loss_gradient
 from gossamer.features.store import ActivationStore, capture, find_site
 
 
@@ -86,6 +87,31 @@ def test_batches_cover_an_epoch_once_and_begin_anywhere(tiny_llama, documents, t
         next(store.batches(63))
 
 
+def test_gradients_lie_beside_their_activations(tiny_llama, documents, tmp_path):
+    store = capture(tiny_llama, documents, 1, tmp_path / "s", "float32", progress=False, gradients=True)
+    plain = capture(tiny_llama, documents, 1, tmp_path / "p", "float32", progress=False)
+    torch.testing.assert_close(store[:], plain[:])
+    for number, text in enumerate(documents):
+        rows = store.document(number)
+        assert rows.stop - rows.start == len(text) - 1
+        if len(text) > 1:
+            expected = loss_gradient(tiny_llama, tiny_llama.model.layers[1], text[None])[1][0, 1:]
+            torch.testing.assert_close(store.gradients(rows), expected)
+            assert not expected[-1].any(), "nothing is predicted from the last token"
+    pairs, alone = store.batches_with_gradients(8, seed=1), store.batches(8, seed=1)
+    (x, gradient), wanted = next(pairs), next(alone)
+    assert x.equal(wanted)
+    place = {tuple(row): i for i, row in enumerate(store[:].tolist())}
+    assert gradient.equal(store.gradients(torch.tensor([place[tuple(row)] for row in x.tolist()])))
+    half = capture(tiny_llama, documents, 1, tmp_path / "h", progress=False, gradients=True)
+    small = store.gradients(slice(None))
+    torch.testing.assert_close(half.gradients(slice(None)), small, rtol=1e-2, atol=1e-3 * float(small.abs().max()))
+    with pytest.raises(CheckpointError, match="gradients=True"):
+        plain.gradients(slice(0, 1))
+    with pytest.raises(ModelError, match="another gradients"):
+        capture(tiny_llama, documents, 1, tmp_path / "p", "float32", progress=False, gradients=True)
+
+
 def test_rows_are_taken_in_any_order(tiny_llama, documents, tmp_path):
     store = capture(tiny_llama, documents, 0, tmp_path / "s", "float32", progress=False)
     rows = torch.tensor([5, 2, 60])
@@ -110,10 +136,12 @@ def test_stores_of_something_else_are_refused(tiny_llama, documents, tmp_path):
 def test_damaged_and_newer_stores_are_refused(tiny_llama, documents, tmp_path):
     capture(tiny_llama, documents, 0, tmp_path / "s", progress=False)
     facts = json.loads((tmp_path / "s" / "store.json").read_text())
-    (tmp_path / "s" / "store.json").write_text(json.dumps({**facts, "version": 2}))
+    (tmp_path / "s" / "store.json").write_text(json.dumps({**facts, "version": 3}))
     with pytest.raises(CheckpointError, match="update gossamer"):
         ActivationStore(tmp_path / "s")
-    (tmp_path / "s" / "store.json").write_text(json.dumps(facts))
+    del facts["gradients"]
+    (tmp_path / "s" / "store.json").write_text(json.dumps({**facts, "version": 1}))
+    assert not ActivationStore(tmp_path / "s").facts.gradients, "the first version had none"
     (tmp_path / "s" / "activations.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="5 bytes of"):
         ActivationStore(tmp_path / "s")

@@ -7,9 +7,9 @@ into a directory, and goes on where it was interrupted. What is read back is map
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +27,14 @@ from gossamer.errors import (
     OutputError,
     UnknownNameError,
 )
+from gossamer.features.gradients import loss_gradient
+from gossamer.features.store_facts import MANIFEST, StoreFacts, read_facts, text_fingerprint, write_facts
 from gossamer.measure.windows import evaluation_mode
 from gossamer.models.blocks import find_stacks, run_batch
-from gossamer.storage.atomic import write_json
 
-VERSION = 1
 _TYPES = {"float32": np.float32, "float16": np.float16}
 _PARTS = {"tokens": np.int32, "documents": np.int32, "positions": np.int32}
-_MANIFEST = "store.json"
 _BLOCK = 256  # tokens that stay together when a store is shuffled
-
-
-@dataclass(frozen=True)
-class StoreFacts:
-    """What a store says of itself.
-
-    Attributes
-    ----------
-    model
-        Fingerprint of the model: :func:`model_fingerprint`.
-    site
-        Name of the module whose output it holds.
-    size
-        Numbers of an activation.
-    dtype
-        ``float16`` or ``float32``, as stored.
-    text
-        Fingerprint of the token ids.
-    documents
-        Of the text; all of them, or of those up to which an interrupted capture came.
-    done
-        Documents that are in the store.
-    rows
-        Activations in the store.
-    skipped
-        First tokens of every document that are left out.
-    """
-
-    model: str
-    site: str
-    size: int
-    dtype: str
-    text: str
-    documents: int
-    done: int
-    rows: int
-    skipped: int
 
 
 class ActivationStore:
@@ -102,7 +64,7 @@ class ActivationStore:
 
     def __init__(self, directory: Path | str, model: nn.Module | None = None, site: str | int | None = None):
         self.directory = Path(directory)
-        self.facts = facts = _read_facts(self.directory)
+        self.facts = facts = read_facts(self.directory)
         if model is not None and facts.model != model_fingerprint(model):
             raise ModelError(f"{directory} holds activations of another model; capture those of this one elsewhere")
         if site is not None:
@@ -113,6 +75,9 @@ class ActivationStore:
         self.tokens, self.documents, self.positions = (
             self._map(name, kind, (facts.rows,)) for name, kind in _PARTS.items()
         )
+        if facts.gradients:
+            self._directions = self._map("gradients", _TYPES[facts.dtype], (facts.rows, facts.size))
+            self._lengths = self._map("lengths", np.float32, (facts.rows,))
 
     def _map(self, name: str, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
         file = self.directory / f"{name}.bin"
@@ -127,8 +92,26 @@ class ActivationStore:
 
     def __getitem__(self, rows: slice | Tensor | np.ndarray) -> Tensor:
         """Activations ``(rows, size)``, float32."""
-        chosen = rows.numpy() if isinstance(rows, Tensor) else rows
-        return torch.from_numpy(np.asarray(self._activations[chosen], dtype=np.float32))
+        return torch.from_numpy(np.array(self._activations[_chosen(rows)], dtype=np.float32))
+
+    def gradients(self, rows: slice | Tensor | np.ndarray) -> Tensor:
+        """Gradients of the model's loss with respect to activations, ``(rows, size)``, float32.
+
+        Raises
+        ------
+        CheckpointError
+            If the store has none.
+        """
+        if not self.facts.gradients:
+            raise CheckpointError(f"{self.directory} holds no gradients; capture with gradients=True elsewhere")
+        chosen = _chosen(rows)
+        directions = np.array(self._directions[chosen], dtype=np.float32)
+        return torch.from_numpy(directions * self._lengths[chosen][..., None])
+
+    def document(self, number: int) -> slice:
+        """Rows of one document."""
+        first, last = np.searchsorted(self.documents, (number, number + 1))
+        return slice(int(first), int(last))
 
     def batches(self, size: int, seed: int = 0, begin: int = 0) -> Iterator[Tensor]:
         """Shuffled batches of activations ``(size, d)``, epoch after epoch, without end.
@@ -150,6 +133,15 @@ class ActivationStore:
         ConfigurationError
             If the store has fewer activations than a batch.
         """
+        for rows in self._batches(size, seed, begin):
+            yield self[rows]
+
+    def batches_with_gradients(self, size: int, seed: int = 0, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """As :meth:`batches`, the same activations in the same order, each batch with its gradients."""
+        for rows in self._batches(size, seed, begin):
+            yield self[rows], self.gradients(rows)
+
+    def _batches(self, size: int, seed: int, begin: int) -> Iterator[np.ndarray]:
         if not 0 < size <= len(self):
             raise ConfigurationError(
                 f"batch size is {size}; it must be from 1 to the {len(self)} activations there are"
@@ -159,7 +151,7 @@ class ActivationStore:
         while True:
             order = self._order(seed, epoch)
             for number in range(skip, each):
-                yield self[np.sort(order[number * size : (number + 1) * size])]
+                yield np.sort(order[number * size : (number + 1) * size])
             epoch, skip = epoch + 1, 0
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
@@ -175,6 +167,10 @@ class ActivationStore:
     def __repr__(self) -> str:
         facts = self.facts
         return f"ActivationStore({facts.rows:,} × {facts.size} of {facts.site}, {facts.dtype}, {self.directory})"
+
+
+def _chosen(rows: slice | Tensor | np.ndarray) -> slice | np.ndarray:
+    return rows.numpy() if isinstance(rows, Tensor) else rows
 
 
 def find_site(model: nn.Module, site: str | int) -> tuple[str, nn.Module]:
@@ -216,6 +212,7 @@ def capture(
     dtype: str = "float16",
     skip_first: int = 1,
     progress: bool = True,
+    gradients: bool = False,
 ) -> ActivationStore:
     """Run a model over documents and store what a module puts out, for every token.
 
@@ -238,6 +235,10 @@ def capture(
         and is many times larger than all others.
     progress
         Whether to show a progress bar.
+    gradients
+        Whether to store with every activation the gradient there of the summed loss of all tokens of its document; it
+        costs a pass backwards through what comes behind the module. Stored as direction and length, which float16
+        cannot lose; that of a document's last token is zero.
 
     Raises
     ------
@@ -259,22 +260,23 @@ def capture(
     if not any(text.shape[1] > skip_first for text in texts):
         raise CalibrationError(f"no document has more than the {skip_first} tokens that are left out; give longer ones")
     folder = Path(directory)
-    facts = _begin(folder, model_fingerprint(model), name, dtype, texts, skip_first)
+    asked = StoreFacts(
+        model_fingerprint(model), name, 0, dtype, text_fingerprint(texts), len(texts), 0, 0, skip_first, gradients
+    )
+    facts = _begin(folder, asked)
     if facts.done < len(texts):
         facts = _append(folder, facts, model, module, texts, progress)
     return ActivationStore(folder)
 
 
-def _begin(folder: Path, model: str, site: str, dtype: str, texts: list[Tensor], skipped: int) -> StoreFacts:
-    text = _text_fingerprint(texts)
-    if (folder / _MANIFEST).exists():
-        facts = _read_facts(folder)
-        asked = {"model": model, "site": site, "dtype": dtype, "text": text, "skipped": skipped}
-        for key, value in asked.items():
-            if getattr(facts, key) != value:
+def _begin(folder: Path, asked: StoreFacts) -> StoreFacts:
+    if (folder / MANIFEST).exists():
+        facts = read_facts(folder)
+        for key in ("model", "site", "dtype", "text", "skipped", "gradients"):
+            found, wanted = getattr(facts, key), getattr(asked, key)
+            if found != wanted:
                 raise ModelError(
-                    f"{folder} holds activations of another {key} ({getattr(facts, key)}, not {value}); "
-                    "choose another directory"
+                    f"{folder} holds activations of another {key} ({found}, not {wanted}); choose another directory"
                 )
         return facts
     if folder.exists() and any(folder.iterdir()):
@@ -283,28 +285,20 @@ def _begin(folder: Path, model: str, site: str, dtype: str, texts: list[Tensor],
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be created ({error.strerror}); choose another directory") from None
-    return StoreFacts(model, site, 0, dtype, text, len(texts), 0, 0, skipped)
+    return asked
 
 
 def _append(
     folder: Path, facts: StoreFacts, model: nn.Module, module: nn.Module, texts: list[Tensor], progress: bool
 ) -> StoreFacts:
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = module.register_forward_hook(keep)
-    files = {name: _opened(folder / f"{name}.bin", facts, name) for name in ("activations", *_PARTS)}
+    files = {name: _opened(folder / f"{name}.bin", facts, name) for name in _columns(facts)}
+    begin = facts.done
     try:
         with evaluation_mode(model):
-            for number in track(range(facts.done, len(texts)), "capturing activations", enabled=progress):
-                outputs.clear()
-                run_batch(model, texts[number])
-                found = _activations(outputs, texts[number], facts)
-                rows = len(found)
-                parts = {
-                    "activations": found,
+            for number in track(range(begin, len(texts)), "capturing activations", enabled=progress):
+                parts = _parts(model, module, texts[number], facts, number == begin)
+                rows = len(parts["activations"])
+                parts |= {
                     "tokens": texts[number][0, facts.skipped :].numpy().astype(np.int32),
                     "documents": np.full(rows, number, np.int32),
                     "positions": np.arange(facts.skipped, facts.skipped + rows, dtype=np.int32),
@@ -312,28 +306,70 @@ def _append(
                 for name, part in parts.items():
                     files[name].write(part.tobytes())
                     files[name].flush()
-                size = found.shape[1] if rows else facts.size
-                changed = {"size": size, "done": number + 1, "rows": facts.rows + rows}
-                facts = StoreFacts(**{**asdict(facts), **changed})
-                _write_facts(folder, facts)
+                size = parts["activations"].shape[1] if rows else facts.size
+                facts = replace(facts, size=size, done=number + 1, rows=facts.rows + rows)
+                write_facts(folder, facts)
     finally:
-        handle.remove()
         for file in files.values():
             file.close()
     return facts
 
 
-def _activations(outputs: list[Tensor], text: Tensor, facts: StoreFacts) -> np.ndarray:
+def _columns(facts: StoreFacts) -> list[str]:
+    return ["activations", *_PARTS, *(["gradients", "lengths"] if facts.gradients else [])]
+
+
+def _parts(model: nn.Module, module: nn.Module, text: Tensor, facts: StoreFacts, first: bool) -> dict[str, np.ndarray]:
+    """What one document adds to the files that hold numbers of the model."""
+    if not facts.gradients or text.shape[1] < 2:
+        found = _stored(_checked(_run(model, module, text, whole=first), text, facts), facts)
+        none = np.zeros(found.shape, found.dtype), np.zeros(len(found), np.float32)
+        return {"activations": found, **({"gradients": none[0], "lengths": none[1]} if facts.gradients else {})}
+    x, gradient = loss_gradient(model, module, text, facts.site)
+    found = _stored(_checked([x], text, facts), facts)
+    rows = gradient[0, facts.skipped :].float().cpu()
+    lengths = rows.norm(dim=1)
+    directions = (rows / lengths.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).numpy()
+    return {"activations": found, "gradients": directions.astype(found.dtype), "lengths": lengths.numpy()}
+
+
+class _Stop(Exception):
+    """What comes after the module is of no interest."""
+
+
+def _run(model: nn.Module, module: nn.Module, text: Tensor, whole: bool) -> list[Any]:
+    """What a module puts out; the first run goes to the end, to see whether it is called again."""
+    outputs: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        if not whole:
+            raise _Stop
+
+    handle = module.register_forward_hook(keep)
+    try:
+        with suppress(_Stop):
+            run_batch(model, text)
+    finally:
+        handle.remove()
+    return outputs
+
+
+def _checked(outputs: list[Any], text: Tensor, facts: StoreFacts) -> Tensor:
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or outputs[0].shape[:2] != text.shape:
         shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing"
         raise ModelError(
             f"{facts.site} puts out {shape} for {text.shape[1]} tokens, {len(outputs)} times; choose a module that "
             "puts out one activation for each token"
         )
-    found = outputs[0][0, facts.skipped :].float().cpu()
+    return outputs[0][0, facts.skipped :].float().cpu()
+
+
+def _stored(found: Tensor, facts: StoreFacts) -> np.ndarray:
     if not bool(torch.isfinite(found).all()):
         raise NonFiniteError(f"{facts.site}: an activation is NaN or infinite; the model is damaged")
-    stored = found.numpy().astype(_TYPES[facts.dtype])
+    with np.errstate(over="ignore"):
+        stored = found.numpy().astype(_TYPES[facts.dtype])
     if not np.isfinite(stored).all():
         raise NonFiniteError(
             f"{facts.site}: an activation of {float(found.abs().max()):.3g} is too large for float16; "
@@ -344,37 +380,9 @@ def _activations(outputs: list[Tensor], text: Tensor, facts: StoreFacts) -> np.n
 
 def _opened(file: Path, facts: StoreFacts, name: str) -> Any:
     """A file open at the end of what the manifest counts; what an interrupted run wrote behind it is cut off."""
-    width = facts.size * np.dtype(_TYPES[facts.dtype]).itemsize if name == "activations" else 4
+    wide = name in ("activations", "gradients")
+    width = facts.size * np.dtype(_TYPES[facts.dtype]).itemsize if wide else 4
     opened = file.open("r+b" if file.exists() else "w+b")
     opened.truncate(facts.rows * width)
     opened.seek(0, 2)
     return opened
-
-
-def _text_fingerprint(texts: list[Tensor]) -> str:
-    found = hashlib.sha256()
-    for text in texts:
-        found.update(str(text.shape[1]).encode())
-        found.update(text.numpy().astype(np.int32).tobytes())
-    return found.hexdigest()[:16]
-
-
-def _write_facts(folder: Path, facts: StoreFacts) -> None:
-    write_json(folder / _MANIFEST, {"format": "gossamer activations", "version": VERSION, **asdict(facts)})
-
-
-def _read_facts(folder: Path) -> StoreFacts:
-    file = folder / _MANIFEST
-    try:
-        said = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no store of activations ({error}); capture one first") from error
-    if not isinstance(said, dict) or said.pop("format", None) != "gossamer activations":
-        raise CheckpointError(f"{file} does not describe a store of activations; capture one first")
-    version = said.pop("version", None)
-    if version != VERSION:
-        raise CheckpointError(f"{file} is of version {version}, this gossamer reads {VERSION}; update gossamer")
-    try:
-        return StoreFacts(**said)
-    except TypeError as error:
-        raise CheckpointError(f"{file} is damaged ({error}); capture again") from error

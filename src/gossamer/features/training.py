@@ -227,8 +227,9 @@ class Learner:
         self.law = None if state["law"] is None else ZipfFit(**state["law"])
 
 
-Batches = Callable[[int], Iterator[Tensor]]
-"""``batches(begin)`` yields batches of activations from number `begin` on, such as those of a store."""
+Batches = Callable[[int], Iterator[Tensor] | Iterator[tuple[Tensor, Tensor]]]
+"""``batches(begin)`` yields batches of activations from number `begin` on, or pairs of activations and gradients of the
+model's loss, such as those of a store."""
 
 
 def train(
@@ -248,7 +249,8 @@ def train(
         Name → autoencoder, on the same size of activations; changed in place. :meth:`SAE.prepare` is called with the
         first batch.
     batches
-        Where activations come from: ``lambda begin: store.batches(4096, seed, begin)``.
+        Where activations come from: ``lambda begin: store.batches(4096, seed, begin)``; for rules that look at
+        gradients, ``store.batches_with_gradients``.
     settings
         For all, or for each by name; all with the same number of steps.
     checkpoint
@@ -287,11 +289,12 @@ def train(
     begin = _resumed(file, learners) if file is not None and file.exists() else 0
     stream = batches(begin)
     for number in track(range(begin, steps.pop()), "training features", enabled=progress):
-        x = next(stream)
+        batch = next(stream)
+        x, gradient = batch if isinstance(batch, tuple) else (batch, None)
         for learner in learners.values():
             if number == 0:
                 learner.sae.prepare(x)
-            noted = learner.step(number, x)
+            noted = learner.step(number, x, gradient)
             if number % log_every == 0:
                 learner.history.append(noted)
         if file is not None and (number + 1) % every == 0:
