@@ -14,15 +14,15 @@ from gossamer.papers import iss_p
 from gossamer.papers.iss_p import decide
 from gossamer.papers.super_resolution import (
     Photographs,
-    ResidualNetwork,
     SuperResolution,
-    WindowNetwork,
     larger,
     luma,
     psnr_y,
     smaller,
     ssim_y,
 )
+from gossamer.papers.super_resolution_networks import CrossAggregationNetwork, ResidualNetwork, WindowNetwork
+from gossamer.training.iss_p import IterativeSoftShrinkage
 from gossamer.training.static import Static
 
 
@@ -104,7 +104,7 @@ def test_small_pictures_are_bytes_of_the_right_size():
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("build", [ResidualNetwork, WindowNetwork])
+@pytest.mark.parametrize("build", [ResidualNetwork, WindowNetwork, CrossAggregationNetwork])
 def test_networks_make_pictures_of_any_size_larger(build, scale):
     torch.manual_seed(0)
     assert build(scale, width=8, blocks=2)(torch.rand(1, 3, 11, 13)).shape == (1, 3, 11 * scale, 13 * scale)
@@ -121,6 +121,69 @@ def test_attention_stays_within_its_window():
     assert changed[4:, 4:].all()
     assert not changed[:4].any()
     assert not changed[:, :4].any()
+
+
+def changed_pixels(block, size, moved):
+    """Where a block's result changes when one pixel does."""
+    x = torch.randn(1, *size, 8, generator=torch.Generator().manual_seed(1))
+    other = x.clone()
+    other[0, *moved, 0] += 1  # a shift of all channels would not survive the norm
+    return (block(x) - block(other)).abs().sum(-1)[0] > 0
+
+
+def test_shifted_windows_do_not_join_opposite_edges():
+    torch.manual_seed(0)
+    shifted = WindowNetwork(2, width=8, blocks=2, window=4).body[1]
+    changed = changed_pixels(shifted, (8, 8), (0, 0))
+    assert changed[:2, :2].all()
+    assert changed.sum() == 4
+    changed = changed_pixels(shifted, (8, 8), (2, 5))
+    assert changed[2:6, 2:6].all()
+    assert changed.sum() == 16
+
+
+def test_rectangles_of_both_directions_meet():
+    torch.manual_seed(0)
+    straight, shifted = CrossAggregationNetwork(2, width=8, heads=2, window=(2, 4)).body[0].blocks
+    changed = changed_pixels(straight, (8, 8), (3, 4))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[2:4, 4:8] = expected[0:4, 4:6] = expected[2:5, 3:6] = True  # wide, high, and the convolution
+    assert torch.equal(changed, expected)
+    changed = changed_pixels(shifted, (8, 8), (3, 4))
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[3:5, 2:6] = expected[2:6, 3:5] = expected[2:5, 3:6] = True
+    assert torch.equal(changed, expected)
+
+
+def test_biases_are_those_of_the_distance():
+    torch.manual_seed(0)
+    bias = CrossAggregationNetwork(2, width=64).body[0].blocks[0].wide(2, 3)
+    assert bias.shape == (2, 6, 6)
+    places = [(row, column) for row in range(2) for column in range(3)]
+    seen = {}
+    for i, one in enumerate(places):
+        for j, other in enumerate(places):
+            distance = (one[0] - other[0], one[1] - other[1])
+            assert torch.equal(bias[:, i, j], seen.setdefault(distance, bias[:, i, j]))
+    assert len({tuple(values.tolist()) for values in seen.values()}) == len(seen) == 15
+
+
+def test_rectangles_that_heads_cannot_share_are_refused():
+    with pytest.raises(ConfigurationError, match="3 heads, 32 channels"):
+        CrossAggregationNetwork(2, heads=3)
+
+
+def test_soft_shrinkage_trains_the_cross_aggregation_transformer():
+    torch.manual_seed(0)
+    task = SuperResolution(DRAWN, 2, 8, 4, 40, 5e-3)
+    model = CrossAggregationNetwork(2, width=16, blocks=2, window=(2, 8), mlp_ratio=2)
+    method = IterativeSoftShrinkage(sparsity=0.9, end=20)
+    before = task.judge(model)[0]
+    run = task.train(model, method)
+    assert task.judge(model)[0] > before
+    assert run.masks.sparsity == pytest.approx(0.9, abs=2e-3)
+    assert not run.masks.violations(model)
+    assert any("near" in name for name in run.masks)
 
 
 def test_patches_are_pieces_of_the_pictures():

@@ -8,7 +8,7 @@ from torch import nn
 
 from gossamer.core.nodes import node_groups, shrink
 from gossamer.errors import ConfigurationError, SparsityError
-from gossamer.papers.super_resolution import ResidualNetwork
+from gossamer.papers.super_resolution_networks import ResidualNetwork
 from gossamer.training.aligned_filters import AlignedFilters, kept_counts, kept_filters, press, soft_masks
 
 SHARED = ["head.weight", "body.0.2.weight", "body.1.2.weight", "last.weight"]

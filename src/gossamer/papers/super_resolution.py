@@ -23,6 +23,9 @@ from gossamer.core.sparse_training import SparseTraining
 from gossamer.core.sparsifier import Sparsifier
 from gossamer.errors import CheckpointError, ConfigurationError
 from gossamer.models.packages import fetch
+from gossamer.papers.super_resolution_networks import NETWORKS, larger
+
+__all__ = ["NETWORKS", "Photographs", "SuperResolution", "larger", "luma", "photographs", "psnr_y", "smaller", "ssim_y"]
 
 _SCIKIT_IMAGE = ("scikit-image", "0.26.0", "skimage/data")
 _SCIKIT_LEARN = ("scikit-learn", "1.9.1", "sklearn/datasets/images")
@@ -92,11 +95,6 @@ def smaller(pictures: Tensor, scale: int) -> Tensor:
     made = functional.interpolate(batch, size, mode="bicubic", antialias=True, align_corners=False)
     made = (made.clamp(0, 1) * 255).round() / 255
     return made[0] if pictures.dim() == 3 else made
-
-
-def larger(pictures: Tensor, scale: int) -> Tensor:
-    """Bicubic interpolation, the answer without a network: ``(batch, 3, h, w)``."""
-    return functional.interpolate(pictures, scale_factor=scale, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def luma(pictures: Tensor) -> Tensor:
@@ -169,106 +167,6 @@ def _cropped(one: Tensor, other: Tensor, border: int) -> tuple[Tensor, Tensor]:
         )
     inner = (slice(border, one.shape[-2] - border), slice(border, one.shape[-1] - border))
     return luma(one)[inner], luma(other)[inner]
-
-
-class ResidualNetwork(nn.Module):
-    """A small EDSR [Lim et al., 2017, arXiv 1707.02921]: residual blocks without norms, and a shuffle of pixels.
-
-    What comes out is added to the bicubic enlargement, so that a short training has only the rest to learn.
-
-    Parameters
-    ----------
-    scale
-        2, 3 or 4.
-    width, blocks
-        Channels, and residual blocks of two convolutions.
-    """
-
-    def __init__(self, scale: int, width: int = 32, blocks: int = 6):
-        super().__init__()
-        self.head = nn.Conv2d(3, width, 3, padding=1)
-        self.body = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(blocks)
-        )
-        self.last = nn.Conv2d(width, width, 3, padding=1)
-        self.tail = nn.Sequential(nn.Conv2d(width, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
-        self.scale = scale
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """``(batch, 3, h, w)`` in [0, 1] → ``(batch, 3, scale · h, scale · w)``."""
-        first = self.head(pictures - 0.5)
-        x = first
-        for block in self.body:
-            x = x + block(x)
-        return self.tail(first + self.last(x)) + larger(pictures, self.scale)
-
-
-class WindowNetwork(nn.Module):
-    """A small SwinIR [Liang et al., 2021, arXiv 2108.10257]: attention in windows, every other one shifted.
-
-    What comes out is added to the bicubic enlargement, as in :class:`ResidualNetwork`.
-
-    Parameters
-    ----------
-    scale
-        2, 3 or 4.
-    width, blocks, heads
-        Channels, transformer blocks, and heads of each.
-    window
-        Side of a window in pixels.
-    """
-
-    def __init__(self, scale: int, width: int = 32, blocks: int = 2, heads: int = 4, window: int = 8):
-        super().__init__()
-        self.head = nn.Conv2d(3, width, 3, padding=1)
-        self.body = nn.ModuleList(_WindowBlock(width, heads, window, window // 2 * (i % 2)) for i in range(blocks))
-        self.last = nn.Conv2d(width, width, 3, padding=1)
-        self.tail = nn.Sequential(nn.Conv2d(width, 3 * scale**2, 3, padding=1), nn.PixelShuffle(scale))
-        self.scale, self.window = scale, window
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """``(batch, 3, h, w)`` in [0, 1] → ``(batch, 3, scale · h, scale · w)``."""
-        height, width = pictures.shape[-2:]
-        missing = (0, -width % self.window, 0, -height % self.window)
-        first = self.head(functional.pad(pictures - 0.5, missing, mode="reflect"))
-        x = first.permute(0, 2, 3, 1)
-        for block in self.body:
-            x = block(x)
-        made = self.tail(first + self.last(x.permute(0, 3, 1, 2)))
-        return made[..., : self.scale * height, : self.scale * width] + larger(pictures, self.scale)
-
-
-class _WindowBlock(nn.Module):
-    def __init__(self, width: int, heads: int, window: int, shift: int):
-        super().__init__()
-        self.heads, self.window, self.shift = heads, window, shift
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-        self.bias = nn.Parameter(torch.zeros(heads, window**2, window**2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-    def _attention(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        side = self.window
-        x = x.roll((-self.shift, -self.shift), (1, 2))
-        rows, columns = height // side, width // side
-        windows = x.view(batch, rows, side, columns, side, channels).transpose(2, 3).reshape(-1, side**2, channels)
-        query, key, value = self.qkv(windows).view(-1, side**2, 3, self.heads, channels // self.heads).unbind(2)
-        seen = functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=self.bias
-        )
-        x = self.out(seen.transpose(1, 2).reshape(-1, side**2, channels))
-        x = x.view(batch, rows, columns, side, side, channels).transpose(2, 3).reshape(batch, height, width, channels)
-        return x.roll((self.shift, self.shift), (1, 2))
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"residual": ResidualNetwork, "window": WindowNetwork}
-"""Networks by name; all take scale, width and blocks."""
 
 
 @dataclass(frozen=True)
