@@ -7,9 +7,10 @@ import torch
 
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import FeatureChoice, JumpReLU, MutualChoice, ReLU, TopK
-from gossamer.features.losses import ZipfFit, auxiliary_loss, fit_zipf, l1_penalty, underuse
+from gossamer.features.losses import auxiliary_loss, l1_penalty
 from gossamer.features.sae import SAE
 from gossamer.features.training import TrainingSettings, train
+from gossamer.features.zipf import ZipfFit, fit_zipf, underuse
 
 SIZE, ATOMS = 16, 24
 

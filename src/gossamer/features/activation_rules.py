@@ -122,11 +122,12 @@ class GradientTopK(_Counted):
         ranked = affinity
         if effect is not None and self.beta:
             size = effect.abs()
+            mean = size.mean(dtype=torch.float32)
+            known = float(self.mean_effect) > 0
             if self.training:
-                mean = size.mean(dtype=torch.float32)
-                known = float(self.mean_effect) > 0
                 self.mean_effect.copy_(self.memory * self.mean_effect + (1 - self.memory) * mean if known else mean)
-            ranked = affinity * (1 + self.beta * size / self.mean_effect.clamp(min=torch.finfo(torch.float32).tiny))
+            scale = self.mean_effect if known or self.training else mean
+            ranked = affinity * (1 + self.beta * size / scale.clamp(min=torch.finfo(torch.float32).tiny))
         return allocate(ranked, self.k * len(affinity), "token")
 
     def settings(self) -> dict[str, Any]:  # noqa: D102
@@ -236,18 +237,21 @@ class FeatureChoice(_Counted):
         lowest = affinity.masked_fill(~found, torch.inf).amin(0)
         known = torch.where(self.thresholds.isnan(), lowest, self.thresholds)
         self.thresholds.copy_(torch.where(chosen, self.memory * known + (1 - self.memory) * lowest, self.thresholds))
-        # what a feature would get if matches were free tells how common it is, not what it was granted
-        common = (affinity > 0).float().mean(0)
-        self.density.copy_(self.memory * self.density + (1 - self.memory) * common)
+        # what a feature would get if all matches competed tells how common it is, not what it was granted
+        common = (affinity > competing(affinity, self.k)).float().mean(0)
+        self.density.copy_(self.memory * self.density + (1 - self.memory) * common if self.batches else common)
         self.batches += 1
         if int(self.batches) % self.every == 0:
-            order = self.density.argsort(descending=True, stable=True)
-            self.rank[order] = torch.arange(len(order), device=order.device)
+            self.rank_anew()
+
+    def rank_anew(self) -> None:
+        """Put features in the order of their densities."""
+        order = self.density.argsort(descending=True, stable=True)
+        self.rank[order] = torch.arange(len(order), device=order.device)
 
     def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {**super().settings(), "k": self.k, "zipf": self.zipf, "memory": self.memory, "every": self.every} | {
-            "seed": self.seed
-        }
+        own = {"zipf": self.zipf, "memory": self.memory, "every": self.every, "seed": self.seed}
+        return {**super().settings(), **own}
 
 
 class JumpReLU(ActivationRule):
@@ -326,6 +330,13 @@ class _Step(torch.autograd.Function):
         x, threshold = ctx.saved_tensors
         near = ((x - threshold).abs() < ctx.bandwidth / 2).to(x.dtype)
         return None, -grads[0] / ctx.bandwidth * near, None
+
+
+def competing(affinity: Tensor, k: int, sample: int = 1 << 17) -> float:
+    """About the affinity that k matches of a token exceed in the mean, from an even sample of ``(tokens, features)``."""
+    drawn = affinity.flatten()[:: max(1, affinity.numel() // sample)]
+    dropped = round(len(drawn) * (1 - k / affinity.shape[1]))
+    return max(float(drawn.kthvalue(dropped).values), 0.0) if dropped else 0.0
 
 
 def _follow(mean: Tensor, value: Tensor, memory: float) -> None:

@@ -98,7 +98,7 @@ def rounded_budgets(wanted: Tensor, tokens: int, generator: torch.Generator | No
     """Whole numbers of the same sum, each at most the number of tokens, with the fractions as chances.
 
     A feature that deserves less than one token of a batch gets one now and then, and does not starve. What features
-    deserve beyond the number of tokens goes to the others, by rank.
+    deserve beyond the number of tokens goes to the others, in proportion to what these deserve.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def rounded_budgets(wanted: Tensor, tokens: int, generator: torch.Generator | No
         For the chances; without one, the largest fractions win.
     """
     total = min(round(float(wanted.sum())), tokens * len(wanted))
-    capped = wanted.double().clamp(max=tokens)
+    capped = _capped(wanted.double(), tokens)
     found = capped.floor().long()
     chance = capped - found
     if generator is not None:
@@ -128,6 +128,19 @@ def rounded_budgets(wanted: Tensor, tokens: int, generator: torch.Generator | No
     return found
 
 
+def _capped(wanted: Tensor, most: int) -> Tensor:
+    """The same sum with no budget above `most`: the others grow by a common factor."""
+    found, total = wanted, float(wanted.sum())
+    while bool((over := found > most).any()):
+        full = over | (found >= most)
+        free = float(found[~full].sum())
+        if not free:
+            return torch.where(full, float(most), found)
+        left = total - most * int(full.sum())
+        found = torch.where(full, float(most), found * (left / free))
+    return found
+
+
 def _best(rows: Tensor, count: int) -> Tensor:
     width = rows.shape[1]
     # of equal scores the selection drops the first; read from the end, it keeps the first
@@ -135,10 +148,28 @@ def _best(rows: Tensor, count: int) -> Tensor:
 
 
 def _for_features(affinity: Tensor, counts: Tensor) -> Tensor:
-    most = int(counts.max())
-    if most == 0:
-        return torch.zeros_like(affinity, dtype=torch.bool)
-    best = affinity.t().contiguous().sort(dim=1, descending=True, stable=True).indices[:, :most]
-    wanted = torch.arange(most, device=affinity.device) < counts.to(affinity.device)[:, None]
-    found = torch.zeros(affinity.shape[1], affinity.shape[0], dtype=torch.bool, device=affinity.device)
-    return found.scatter(1, best, wanted).t().contiguous()
+    turned, counts = affinity.t().contiguous(), counts.to(affinity.device)
+    lowest = _lowest_taken(turned, counts)[:, None]
+    found = turned >= lowest
+    crowded = (found.sum(1) > counts).nonzero()[:, 0]
+    if len(crowded):  # equals of the lowest one that is taken: the first of them
+        level, above = turned[crowded] == lowest[crowded], turned[crowded] > lowest[crowded]
+        room = (counts[crowded] - above.sum(1))[:, None]
+        found[crowded] = above | (level & (level.cumsum(1) <= room))
+    return found.t().contiguous()
+
+
+def _lowest_taken(turned: Tensor, counts: Tensor) -> Tensor:
+    """The n-th highest of every row, with a number n for each; infinity where n is 0, the least positive if none is.
+
+    Most budgets are small: rows whose n are of about the same size are searched together, and no deeper than needed.
+    """
+    floor = torch.finfo(turned.dtype).tiny
+    lowest = torch.full((len(turned),), torch.inf, dtype=turned.dtype, device=turned.device)
+    depth = torch.where(counts > 0, 2 ** counts.clamp(min=1).double().log2().ceil(), 0).long()
+    for most in depth.unique().tolist():
+        rows = (depth == most).nonzero()[:, 0]
+        if most:
+            best = turned[rows].topk(min(most, turned.shape[1]), dim=1).values
+            lowest[rows] = best.gather(1, counts[rows, None] - 1)[:, 0].clamp(min=floor)
+    return lowest

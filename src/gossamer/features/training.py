@@ -14,16 +14,9 @@ from torch import Tensor
 from gossamer.core.progress import track
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import JumpReLU
-from gossamer.features.losses import (
-    ZipfFit,
-    auxiliary_loss,
-    fit_zipf,
-    l1_penalty,
-    reconstruction_loss,
-    underuse,
-    unexplained_variance,
-)
+from gossamer.features.losses import auxiliary_loss, l1_penalty, reconstruction_loss, unexplained_variance
 from gossamer.features.sae import SAE, Explained
+from gossamer.features.zipf import ZipfFit, fit_zipf, underuse
 from gossamer.storage.atomic import atomic_file
 
 Auxiliary = Literal["dead", "zipf", "none"]

@@ -60,8 +60,8 @@ class Source:
     model: str = "demo"
     site: str | int | None = None
     texts: tuple[str, ...] = ("moby-dick", "state-of-the-union")
-    documents: int = 320
-    held_out: int = 32
+    documents: int = 256
+    held_out: int = 24
     length: int = 256
     gradients: bool = True
     seed: int = 0
