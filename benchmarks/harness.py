@@ -184,6 +184,7 @@ def earlier_rows(file: Path, machine: Mapping[str, Any], quick: bool) -> list[di
     ]:
         if there != here:
             raise ConfigurationError(
-                f"{file} was measured with {part} = {there!r}, and this run has {here!r}; write to another file"
+                f"{file} was measured with {part} = {there!r}, and this run has {here!r}; "
+                f"write to another file, such as {file.stem}-NAME.json beside it"
             )
     return [{"date": found["date"], **row} for row in found["rows"]]

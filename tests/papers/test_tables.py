@@ -109,6 +109,19 @@ def test_many_shapes_become_one_row(tmp_path):
     assert "| peak memory |" in page
 
 
+def test_each_machine_has_a_table(tmp_path):
+    for name, cpu in (("results.json", "first"), ("results-b.json", "third"), ("results-a.json", "second")):
+        content = {"date": "2026-01-31", "machine": {"cpu": cpu}, "quick": False, "rows": [{**ROW, "operation": cpu}]}
+        (tmp_path / name).write_text(json.dumps(content))
+    page = performance.performance_table(tmp_path / "results.json")
+    wanted = [f"{text} {cpu}" for cpu in ("first", "second", "third") for text in ("on: cpu", "|")]
+    places = [page.index(text) for text in wanted]
+    assert places == sorted(places)
+    (tmp_path / "results-b.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"results-b\.json is damaged"):
+        performance.performance_table(tmp_path / "results.json")
+
+
 def test_performance_page_without_figures_says_how_to_get_them(tmp_path):
     assert "run `make bench`" in performance.performance_table(tmp_path / "absent.json")
 

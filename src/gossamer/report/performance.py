@@ -41,7 +41,8 @@ def performance_table(results: Path = BENCHMARKS) -> str:
     Parameters
     ----------
     results
-        File that ``python -m benchmarks --json FILE`` wrote; if there is none, the page says so.
+        File that ``python -m benchmarks --json FILE`` wrote; ``results-*.json`` beside it are of other machines. If
+        there is none, the page says so.
 
     Raises
     ------
@@ -56,10 +57,17 @@ def performance_table(results: Path = BENCHMARKS) -> str:
         "was asked to reach. *Of limit* is the share that the least physically possible (bytes over measured "
         "bandwidth, operations over the measured rate, bytes that must be held) has in what was measured. Where many "
         "shapes were measured alike, one row holds the median of their ratios, with the least and the most; "
-        "`benchmarks/results.json` has them all.\n",
+        "`benchmarks/results*.json` have them all. Each machine has a table of its own, since ratios differ with what "
+        "its processor can do, for the peer too.\n",
     ]
-    if not results.is_file():
+    machines = [file for file in (results, *sorted(results.parent.glob(f"{results.stem}-*.json"))) if file.is_file()]
+    if not machines:
         return "\n".join([*parts, "No figures are stored yet: run `make bench`.\n"])
+    return "\n".join([*parts, *(part for file in machines for part in _machine_parts(file))])
+
+
+def _machine_parts(results: Path) -> Iterator[str]:
+    """All that was measured on one machine."""
     with _stored(results, "make bench") as found:
         rows = [*map(_performance_row, (row for row in found["rows"] if not row.get("group")))]
         rows += [_group_row(each) for each in _grouped(found["rows"])]
@@ -67,8 +75,9 @@ def performance_table(results: Path = BENCHMARKS) -> str:
         when = days[0] if len(days) == 1 else f"days from {days[0]} to {days[-1]}"
         machine = f"Measured on {when} on: {flat(found['machine'])}.\n"
     if found.get("quick"):
-        parts.append("**A quick run, only to see that the benchmarks run: the figures mean nothing.**\n")
-    return "\n".join([*parts, machine, table(_PERFORMANCE_COLUMNS, rows)])
+        yield "**A quick run, only to see that the benchmarks run: the figures mean nothing.**\n"
+    yield machine
+    yield table(_PERFORMANCE_COLUMNS, rows)
 
 
 def quality_table(results: Path = QUALITY) -> str:
