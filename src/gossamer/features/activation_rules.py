@@ -62,7 +62,7 @@ class ReLU(ActivationRule):
         return affinity > 0
 
 
-class _Counted(ActivationRule):
+class CountedRule(ActivationRule):
     """A rule with a number of features for a token."""
 
     def __init__(self, k: int):
@@ -79,7 +79,7 @@ class _Counted(ActivationRule):
         return {**super().settings(), "k": self.k}
 
 
-class TopK(_Counted):
+class TopK(CountedRule):
     """The k features of the highest affinity, for every token [Gao et al., 2024, arXiv 2406.04093].
 
     Parameters
@@ -92,7 +92,7 @@ class TopK(_Counted):
         return allocate(affinity, self.k * len(affinity), "token")
 
 
-class GradientTopK(_Counted):
+class GradientTopK(CountedRule):
     """The k features whose affinity, and effect on what the model does, is highest [Olmo et al., 2024].
 
     Ranked by ``z + β · z · |d · ∇L|``, where d is a feature's direction and ∇L the gradient of the model's loss with
@@ -134,7 +134,7 @@ class GradientTopK(_Counted):
         return {**super().settings(), "beta": self.beta, "memory": self.memory}
 
 
-class MutualChoice(_Counted):
+class MutualChoice(CountedRule):
     """The best matches of a whole batch, k for a token in the mean; also known as BatchTopK.
 
     Tokens that need more features get more [Ayonrinde, 2024, arXiv 2411.02124; Bussmann et al., 2024, arXiv
@@ -169,7 +169,7 @@ class MutualChoice(_Counted):
         return {**super().settings(), "memory": self.memory}
 
 
-class FeatureChoice(_Counted):
+class FeatureChoice(CountedRule):
     """Every feature takes its best tokens, as many as its rank deserves [Ayonrinde, 2024, arXiv 2411.02124].
 
     Ranks are those of the running densities, and budgets fall with the rank as (r + q)⁻ˢ, or are all the same. No
@@ -333,7 +333,7 @@ class _Step(torch.autograd.Function):
 
 
 def competing(affinity: Tensor, k: int, sample: int = 1 << 17) -> float:
-    """About the affinity that k matches of a token exceed in the mean, from an even sample of ``(tokens, features)``."""
+    """About the affinity that k features of a token exceed in the mean, from a sample of ``(tokens, features)``."""
     drawn = affinity.flatten()[:: max(1, affinity.numel() // sample)]
     dropped = round(len(drawn) * (1 - k / affinity.shape[1]))
     return max(float(drawn.kthvalue(dropped).values), 0.0) if dropped else 0.0

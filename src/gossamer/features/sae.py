@@ -81,10 +81,13 @@ class SAE(nn.Module):
         directions = nn.functional.normalize(torch.randn(n_features, d_in, generator=generator), dim=1)
         self.activation = activation
         self.decoder = nn.Parameter(directions)
-        self.encoder = nn.Parameter(directions.clone())
-        self.encoder_bias = nn.Parameter(torch.zeros(n_features))
+        self._add_encoder()
         self.bias = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("scale", torch.ones(()))
+
+    def _add_encoder(self) -> None:
+        self.encoder = nn.Parameter(self.decoder.detach().clone())
+        self.encoder_bias = nn.Parameter(torch.zeros(self.n_features))
 
     @property
     def d_in(self) -> int:
