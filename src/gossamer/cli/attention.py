@@ -36,7 +36,7 @@ def attention_eval(
 ) -> None:
     """Sparse attention on tasks of long context: accuracy at equal sparsity, by method, length and phase."""
     from gossamer.attention.budget_solver import RULES
-    from gossamer.attention.evaluation import evaluate_attention
+    from gossamer.report.attention_job import evaluate_attention
 
     found = evaluate_attention(
         model,

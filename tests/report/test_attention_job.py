@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gossamer.attention import evaluation
-from gossamer.attention.evaluation import chosen_tasks, contender, evaluate_attention
+from gossamer.attention.evaluation import chosen_tasks, contender
 from gossamer.errors import CheckpointError, ConfigurationError, OutputError, UnknownNameError
 from gossamer.measure.long_context import Frontier, Needle, StoryRetrieval, Subject, frontier, small_vocabulary
+from gossamer.report import attention_job
+from gossamer.report.attention_job import evaluate_attention
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,9 @@ def loaded(monkeypatch, subject):
     class Loaded:
         model, tokenizer, licence = subject.model, subject.tokenizer, "free"
 
-    monkeypatch.setattr(evaluation, "load", lambda source, dtype: Loaded)
+    monkeypatch.setattr(attention_job, "load", lambda source, dtype: Loaded)
     plain = chosen_tasks
-    monkeypatch.setattr(evaluation, "chosen_tasks", lambda names: plain(names, wording="terse"))
+    monkeypatch.setattr(attention_job, "chosen_tasks", lambda names: plain(names, wording="terse"))
 
 
 def small(output=None, **options):
