@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_every_step_lowers_the_error_by_what_it_takes():
         energy = [(x - step).square().sum(1) * sae.scale**2 for step in sae.path(x, range(25))]
     for step in range(24):
         torch.testing.assert_close(energy[step] - found.values[:, step] ** 2, energy[step + 1], rtol=1e-3, atol=1e-4)
-    assert all(bool((after < before).all()) for before, after in zip(energy[:9], energy[1:]))
+    assert all(bool((after < before).all()) for before, after in pairwise(energy[:10]))
     last = found.atoms[:, -1]
     assert float((found.residual * sae.decoder[last]).sum(1).abs().max()) < 1e-4
     assert bool((sae.encode(x).counts <= 3).all())

@@ -7,9 +7,10 @@ import torch
 
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import FeatureChoice, JumpReLU, MutualChoice, ReLU, TopK
-from gossamer.features.losses import auxiliary_loss, l1_penalty
+from gossamer.features.losses import attribution_penalty, auxiliary_loss, l1_penalty, nested_loss
+from gossamer.features.resampling import resample_
 from gossamer.features.sae import SAE
-from gossamer.features.training import TrainingSettings, train
+from gossamer.features.training import Learner, TrainingSettings, train
 from gossamer.features.zipf import ZipfFit, fit_zipf, underuse
 
 SIZE, ATOMS = 16, 24
@@ -175,3 +176,81 @@ def test_rates_rise_and_fall():
     assert plan.rate(0) == pytest.approx(0.1)
     assert plan.rate(50) == 1
     assert plan.rate(99) == pytest.approx(0.05)
+
+
+def test_nested_losses_are_those_of_the_first_features_alone():
+    sae, x = SAE(SIZE, 40, MutualChoice(3)), planted(1)
+    sae.prepare(x)
+    explained = sae(x)
+    dense = explained.codes.to_dense()
+    expected = [
+        ((dense[:, :size] @ sae.decoder[:size] + sae.bias) / sae.scale - x).square().sum(1).mean()
+        for size in (5, 20, 40)
+    ]
+    found = nested_loss(sae, x, explained, (5, 20))
+    torch.testing.assert_close(found, sum(expected) / 3)
+    ours = torch.autograd.grad(found, (sae.encoder, sae.decoder), retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(sum(expected) / 3, (sae.encoder, sae.decoder)))
+    with pytest.raises(ConfigurationError, match="prefix is 41"):
+        nested_loss(sae, x, explained, (41,))
+
+
+def test_attribution_counts_what_makes_a_difference():
+    sae, x = SAE(SIZE, 40, ReLU()), planted(1)
+    codes = sae.encode(x)
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    change = (gradient @ sae.decoder.T).abs()
+    active = codes.to_dense() > 0
+    expected = (codes.to_dense() * change).sum() / change[active].mean() / len(x)
+    torch.testing.assert_close(attribution_penalty(codes, sae.decoder, gradient), expected)
+    settings = TrainingSettings(steps=2, batch_size=128, sparsity=1e-3, attribution=True)
+    with pytest.raises(ConfigurationError, match="batches_with_gradients"):
+        train({"relu": sae}, batches, settings, progress=False)
+    pairs = lambda begin: ((x, x) for x in batches(begin))  # noqa: E731
+    train({"relu": sae}, pairs, settings, progress=False)
+
+
+def test_dead_features_begin_anew_in_what_is_left():
+    sae, x = SAE(SIZE, 40, TopK(2)), planted(1)
+    sae.prepare(x)
+    learner = Learner.of(sae, TrainingSettings(steps=10, batch_size=128, learning_rate=1e-2))
+    learner.step(0, x)
+    with torch.no_grad():
+        output = sae(x).output
+    before, dead = sae.decoder.detach().clone(), torch.zeros(40, dtype=torch.bool)
+    dead[::5] = True
+    assert resample_(sae, dead, x, output, learner.optimizer) == 8
+    assert sae.decoder[~dead].equal(before[~dead])
+    left = torch.nn.functional.normalize(x - output, dim=1)
+    assert float((sae.decoder[dead] @ left.T).amax(1).min()) > 0.999
+    moments = learner.optimizer.state[sae.decoder]["exp_avg"]
+    assert not moments[dead].any()
+    assert bool(moments[~dead].any())
+    assert resample_(sae, dead, x, x) == 0, "nothing is left"
+
+
+def test_resampling_goes_on_until_the_rate_falls():
+    options = {"steps": 20, "batch_size": 128, "dead_after": 128, "resample_every": 4, "auxiliary": "none"}
+    sae = SAE(SIZE, 40, TopK(1))
+    with torch.no_grad():
+        sae.encoder_bias[:30] = -100
+    learner = train({"topk": sae}, batches, TrainingSettings(**options), progress=False)["topk"]
+    assert float(sae.encoder_bias[:30].min()) > -1
+    assert learner.history[0]["dead"] >= 30
+
+
+def test_rates_fall_to_a_share_and_gradients_are_clipped():
+    settings = TrainingSettings(steps=100, warmup=0.1, cooldown=0.2, final_rate=0.1)
+    assert settings.rate(0) == pytest.approx(0.1)
+    assert settings.rate(50) == 1
+    assert settings.rate(99) == pytest.approx(0.1 + 0.9 * 1 / 20)
+    with pytest.raises(ConfigurationError, match="clip 0"):
+        TrainingSettings(clip=0)
+    kept = []
+    for clip in (None, 1e-3):
+        sae, x = SAE(SIZE, 40, TopK(2)), planted(1)
+        sae.prepare(x)
+        Learner.of(sae, TrainingSettings(steps=10, batch_size=128, clip=clip)).step(0, x)
+        kept.append(torch.cat([p.grad.flatten() for p in sae.parameters()]).norm())
+    assert float(kept[1]) == pytest.approx(1e-3, rel=1e-3)
+    assert kept[0] > kept[1]

@@ -46,6 +46,10 @@ class ActivationRule(nn.Module, ABC):
         torch.cumsum(mask.sum(1), 0, out=starts[1:])
         return mask.nonzero()[:, 1], starts
 
+    def highest(self, with_effect: bool) -> int | None:
+        """How many features of the highest affinity a token gets, if that is the whole rule; a faster way then."""
+        return None
+
     def values(self, before: Tensor, features: Tensor) -> Tensor:
         """Values of the chosen matches from their affinities before the ReLU; gradients reach both."""
         return before.relu()
@@ -71,11 +75,11 @@ class CountedRule(ActivationRule):
             raise ConfigurationError(f"k is {k!r}; it must be a whole number of at least 1, such as 32")
         self.k = k
 
-    def build(self, features: int) -> None:
+    def build(self, features: int) -> None:  # noqa: D102
         if self.k > features:
             raise ConfigurationError(f"k is {self.k}; there are only {features} features")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:  # noqa: D102
         return {**super().settings(), "k": self.k}
 
 
@@ -87,6 +91,9 @@ class TopK(CountedRule):
     k
         Features of a token, at most: affinities of zero are never chosen.
     """
+
+    def highest(self, with_effect: bool) -> int | None:  # noqa: D102
+        return self.k
 
     def mask(self, affinity: Tensor, effect: Tensor | None) -> Tensor:  # noqa: D102
         return allocate(affinity, self.k * len(affinity), "token")
@@ -117,6 +124,9 @@ class GradientTopK(CountedRule):
             raise ConfigurationError(f"beta is {beta} and memory {memory}; give at least 0, and a number in [0, 1)")
         self.beta, self.memory = beta, memory
         self.register_buffer("mean_effect", torch.zeros(()))
+
+    def highest(self, with_effect: bool) -> int | None:  # noqa: D102
+        return None if with_effect and self.beta else self.k
 
     def mask(self, affinity: Tensor, effect: Tensor | None) -> Tensor:  # noqa: D102
         ranked = affinity

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError
 from gossamer.features.sae import SAE, Explained
-from gossamer.kernels.codes import decode
+from gossamer.kernels.codes import decode, products_at
 
 
 def reconstruction_loss(output: Tensor, x: Tensor) -> Tensor:
@@ -28,6 +30,55 @@ def l1_penalty(codes: SparseCodes, decoder: Tensor) -> Tensor:
     """
     lengths = decoder.norm(dim=1)
     return (codes.values * lengths[codes.indices.long()]).sum() / max(len(codes), 1)
+
+
+def attribution_penalty(codes: SparseCodes, decoder: Tensor, gradient: Tensor) -> Tensor:
+    """As :func:`l1_penalty`, each value times the change of the model's loss along its feature, ``|z · d · ∇L|``.
+
+    What makes no difference to the model is cheap, what does is dear: the first-order effect of a code becomes sparse
+    [Templeton et al., 2024; compared with in Olmo et al., 2024, arXiv 2411.10397]. Changes are divided by their mean
+    over what is active, so that weights mean the same as without.
+
+    Parameters
+    ----------
+    codes
+        Of a batch.
+    decoder
+        Directions of the features.
+    gradient
+        ``(tokens, d)``, of the model's loss.
+    """
+    change = products_at(codes, gradient, decoder.detach()).abs()
+    change = change / change.mean().clamp(min=torch.finfo(change.dtype).tiny) if len(change) else change
+    return (codes.values * change).sum() / max(len(codes), 1)
+
+
+def nested_loss(sae: SAE, x: Tensor, explained: Explained, prefixes: Sequence[int]) -> Tensor:
+    """Mean of the reconstruction losses from the first features alone, for several numbers of them, and from all.
+
+    What is active is chosen once among all features, whatever the prefix [Bussmann et al., 2025, arXiv 2503.17547].
+
+    Parameters
+    ----------
+    sae, x, explained
+        The autoencoder, activations ``(tokens, d)``, and what it made of them.
+    prefixes
+        Numbers of features, each below that of the autoencoder.
+
+    Raises
+    ------
+    ConfigurationError
+        If a prefix is not from 1 to the number of features.
+    """
+    bad = next((size for size in prefixes if not 0 < size <= sae.n_features), None)
+    if bad is not None:
+        raise ConfigurationError(f"prefix is {bad}; it must be from 1 to {sae.n_features} features")
+    total = reconstruction_loss(explained.output, x)
+    codes = explained.codes
+    for size in prefixes:
+        inside = SparseCodes(codes.indices, codes.values * (codes.indices < size), codes.starts, codes.width)
+        total = total + reconstruction_loss(sae.decode(inside).view(x.shape), x)
+    return total / (len(prefixes) + 1)
 
 
 def auxiliary_loss(sae: SAE, x: Tensor, explained: Explained, weight: Tensor, k: int) -> Tensor:

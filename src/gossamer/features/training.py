@@ -14,7 +14,15 @@ from torch import Tensor
 from gossamer.core.progress import track
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import JumpReLU
-from gossamer.features.losses import auxiliary_loss, l1_penalty, reconstruction_loss, unexplained_variance
+from gossamer.features.losses import (
+    attribution_penalty,
+    auxiliary_loss,
+    l1_penalty,
+    nested_loss,
+    reconstruction_loss,
+    unexplained_variance,
+)
+from gossamer.features.resampling import resample_
 from gossamer.features.sae import SAE, Explained
 from gossamer.features.zipf import ZipfFit, fit_zipf, underuse
 from gossamer.storage.atomic import atomic_file
@@ -37,10 +45,20 @@ class TrainingSettings:
     learning_rate
         Of Adam.
     warmup, cooldown
-        Shares of the steps in which the rate rises from 0, and in the end falls to 0.
+        Shares of the steps in which the rate rises from 0, and in the end falls.
+    final_rate
+        Share of the learning rate that it falls to.
+    betas, clip
+        Of Adam; and the norm that gradients are clipped at, if any.
     sparsity
         Weight of the penalty on values, of rules that need one: the ℓ1 norm for ReLU, the number of active features
         for JumpReLU. It rises during the first twentieth of the steps.
+    attribution
+        Whether the ℓ1 norm counts values times the change of the model's loss along their features, relative to the
+        mean change, and not values alone; needs gradients.
+    prefixes
+        Numbers of features: the loss is then the mean over reconstructions from the first so many features alone,
+        and from all; features come in order of importance.
     auxiliary
         What keeps features alive: a loss on those that are ``dead``, on those that fall below a law of ``zipf``, or
         ``none``.
@@ -48,6 +66,9 @@ class TrainingSettings:
         Its weight, and features of a token that take part; by default half of the size of an activation.
     dead_after
         Activations after which a feature that was active in none of them is dead.
+    resample_every
+        Steps after which dead features begin anew in the directions of badly explained activations; 0 for never. Not
+        while the rate falls.
     memory
         Of the running densities.
     seed
@@ -59,11 +80,17 @@ class TrainingSettings:
     learning_rate: float = 3e-4
     warmup: float = 0.01
     cooldown: float = 0.2
+    final_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
     sparsity: float = 0.0
+    attribution: bool = False
+    prefixes: tuple[int, ...] = ()
     auxiliary: Auxiliary = "dead"
     auxiliary_weight: float = 1 / 32
     auxiliary_k: int | None = None
     dead_after: int = 1_000_000
+    resample_every: int = 0
     memory: float = 0.999
     seed: int = 0
 
@@ -80,6 +107,11 @@ class TrainingSettings:
             )
         if not 0 <= self.warmup + self.cooldown <= 1 or min(self.warmup, self.cooldown) < 0:
             raise ConfigurationError(f"warmup is {self.warmup} and cooldown {self.cooldown}; together at most 1")
+        if not 0 <= self.final_rate <= 1 or (self.clip is not None and not self.clip > 0) or self.resample_every < 0:
+            raise ConfigurationError(
+                f"final_rate is {self.final_rate}, clip {self.clip}, resample_every {self.resample_every}; give a "
+                "share, a norm above 0 or none, and at least 0"
+            )
         if self.auxiliary not in ("dead", "zipf", "none"):
             raise ConfigurationError(f"auxiliary is {self.auxiliary!r}; it must be dead, zipf or none")
 
@@ -87,7 +119,7 @@ class TrainingSettings:
         """Share of the learning rate at a step."""
         rising = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
         falling = min(1.0, (self.steps - step) / max(1.0, self.cooldown * self.steps))
-        return min(rising, falling)
+        return min(rising, self.final_rate + (1 - self.final_rate) * falling)
 
 
 @dataclass(eq=False)
@@ -119,7 +151,7 @@ class Learner:
     @classmethod
     def of(cls, sae: SAE, settings: TrainingSettings) -> Learner:
         """Ready for the first step."""
-        optimizer = torch.optim.Adam(sae.parameters(), settings.learning_rate)
+        optimizer = torch.optim.Adam(sae.parameters(), settings.learning_rate, betas=settings.betas)
         features = sae.n_features
         return cls(sae, settings, optimizer, torch.zeros(features), torch.zeros(features, dtype=torch.int64))
 
@@ -141,24 +173,44 @@ class Learner:
         self.sae.train()
         explained = self.sae(x, gradient)
         # in units of the scaled activations, so that rates and weights mean the same for every model
-        loss = reconstruction_loss(explained.output, x) * self.sae.scale**2 / self.sae.d_in
-        loss = loss + self._penalty(number, explained) + self._auxiliary(number, x, explained)
+        loss = self._reconstruction(x, explained) * self.sae.scale**2 / self.sae.d_in
+        loss = loss + self._penalty(number, x, explained, gradient) + self._auxiliary(number, x, explained)
         if not bool(torch.isfinite(loss)):
             raise NonFiniteError(f"the loss is {float(loss)} at step {number}; lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.sae.straighten_gradient_()
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.settings.clip)
         self.optimizer.step()
         self.sae.normalize_()
-        return self._note(number, x, explained, float(loss))
+        noted = self._note(number, x, explained, float(loss.detach()))
+        self._resample(number, x, explained)
+        return noted
 
-    def _penalty(self, number: int, explained: Explained) -> Tensor | float:
+    def _reconstruction(self, x: Tensor, explained: Explained) -> Tensor:
+        if not self.settings.prefixes:
+            return reconstruction_loss(explained.output, x)
+        return nested_loss(self.sae, x, explained, self.settings.prefixes)
+
+    def _resample(self, number: int, x: Tensor, explained: Explained) -> None:
+        every, settings = self.settings.resample_every, self.settings
+        if every and (number + 1) % every == 0 and number < settings.steps * (1 - settings.cooldown):
+            dead = self.dead
+            resample_(self.sae, dead, x, explained.output, self.optimizer, seed=settings.seed * 1_000_003 + number)
+            self.silent[dead] = 0
+
+    def _penalty(self, number: int, x: Tensor, explained: Explained, gradient: Tensor | None) -> Tensor | float:
         if not self.settings.sparsity:
             return 0.0
         weight = self.settings.sparsity * min(1.0, (number + 1) / max(1.0, 0.05 * self.settings.steps))
         rule = self.sae.activation
         if isinstance(rule, JumpReLU):
             return weight * rule.active(explained.before, explained.codes.indices).sum() / len(explained.codes)
+        if self.settings.attribution:
+            if gradient is None:
+                raise ConfigurationError("attribution needs gradients; train on store.batches_with_gradients")
+            return weight * attribution_penalty(explained.codes, self.sae.decoder, gradient.to(x.dtype))
         return weight * l1_penalty(explained.codes, self.sae.decoder)
 
     def _auxiliary(self, number: int, x: Tensor, explained: Explained) -> Tensor | float:
