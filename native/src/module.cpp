@@ -21,6 +21,7 @@ void bind_attention_tokens(nb::module_& m);
 void bind_blocks(nb::module_& m);
 void bind_channel_histogram(nb::module_& m);
 void bind_channels(nb::module_& m);
+void bind_codes(nb::module_& m);
 void bind_convolution(nb::module_& m);
 void bind_convolution_bytes(nb::module_& m);
 void bind_decoder(nb::module_& m);
@@ -68,6 +69,7 @@ NB_MODULE(_native, m) {
   bind_blocks(m);
   bind_channel_histogram(m);
   bind_channels(m);
+  bind_codes(m);
   bind_convolution(m);
   bind_convolution_bytes(m);
   bind_decoder(m);

@@ -152,7 +152,7 @@ class MatchingPursuitSAE(SAE):
         else:
             # values are a least squares fit: to first order, the error does not change with them
             output = decode(codes, self.decoder, self.bias) / self.scale
-        return Explained(output.view(x.shape), codes, self.affinity(x), codes.values)
+        return Explained(output.view(x.shape), codes, codes.values)
 
     def pursue(self, x: Tensor, k: int | None = None, tolerance: float | None = None) -> Pursuit:
         """What is chosen of every token step by step; values and residual are in scaled units."""

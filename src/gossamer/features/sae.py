@@ -13,6 +13,7 @@ from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import ActivationRule
 from gossamer.kernels.codes import decode, products_at, scattered
+from gossamer.kernels.encode_select import encode_topk
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,15 +26,12 @@ class Explained:
         Reconstructed activations, the shape of the input.
     codes
         Active features of every token, in the order of the tokens.
-    affinity
-        What every token has in common with every feature, ``(tokens, features)``, not negative, without gradients.
     before
         Affinities of the active features before the activation, ``(stored,)``.
     """
 
     output: Tensor
     codes: SparseCodes
-    affinity: Tensor
     before: Tensor
 
 
@@ -156,30 +154,40 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor, gradient: Tensor | None = None) -> Explained:
         """Explain activations ``(…, d_in)``: see :meth:`encode`."""
-        codes, affinity, before = self._explain(x, gradient)
-        return Explained(self.decode(codes).view(x.shape), codes, affinity, before)
+        codes, before = self._explain(x, gradient)
+        return Explained(self.decode(codes).view(x.shape), codes, before)
 
-    def _explain(self, x: Tensor, gradient: Tensor | None) -> tuple[SparseCodes, Tensor, Tensor]:
+    def _explain(self, x: Tensor, gradient: Tensor | None) -> tuple[SparseCodes, Tensor]:
         flat = self._flat(x)
-        affinity = self.affinity(x)
-        indices, starts = self.activation.choose(affinity, self._effect(x, gradient))
-        before = self.preactivation(flat, indices, starts)
-        values = self.activation.values(before, indices)
-        return SparseCodes(indices, values, starts, self.n_features), affinity, before
-
-    def preactivation(self, flat: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
-        """``(x − b) · e + c`` of listed matches, ``(stored,)``; gradients reach everything."""
-        centred = flat * self.scale - self.bias
-        found: Tensor = _EncodeAt.apply(centred, self.encoder, indices, starts)
-        return found + self.encoder_bias[indices.long()]
-
-    def _effect(self, x: Tensor, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
-            return None
-        if gradient.shape != x.shape:
+        if gradient is not None and gradient.shape != x.shape:
             raise ConfigurationError(
                 f"gradient is {tuple(gradient.shape)}; it must have the shape of x, {tuple(x.shape)}"
             )
+        k = self.activation.highest(gradient is not None)
+        if k is None:
+            indices, starts = self.activation.choose(self.affinity(x), self._effect(gradient))
+            before = self.preactivation(flat, indices, starts)
+        else:
+            with torch.no_grad():
+                found = encode_topk(flat * self.scale - self.bias, self.encoder, self.encoder_bias, k)
+            indices, starts = found.indices, found.starts
+            before = self.preactivation(flat, indices, starts, found.values)
+        values = self.activation.values(before, indices)
+        return SparseCodes(indices, values, starts, self.n_features), before
+
+    def preactivation(self, flat: Tensor, indices: Tensor, starts: Tensor, known: Tensor | None = None) -> Tensor:
+        """``(x − b) · e + c`` of listed matches, ``(stored,)``; gradients reach everything.
+
+        `known` are the same numbers, where they have been computed already.
+        """
+        found: Tensor = _EncodeAt.apply(
+            flat * self.scale, self.encoder, self.encoder_bias, self.bias, indices, starts, known
+        )
+        return found
+
+    def _effect(self, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
         with torch.no_grad():
             return self._flat(gradient, "gradient") @ self.decoder.t()
 
@@ -203,18 +211,33 @@ class SAE(nn.Module):
 
 
 class _EncodeAt(torch.autograd.Function):
-    """Products of tokens with the encoders of listed features; gradients touch those alone."""
+    """Affinities of tokens to listed features; gradients touch those alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, encoder, indices, starts)
-        codes = SparseCodes(indices, torch.ones(len(indices), dtype=x.dtype, device=x.device), starts, len(encoder))
-        return products_at(codes, x, encoder)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        encoder: Tensor,
+        encoder_bias: Tensor,
+        bias: Tensor,
+        indices: Tensor,
+        starts: Tensor,
+        known: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, encoder, bias, indices, starts)
+        if known is not None:
+            return known
+        codes = SparseCodes(indices, x.new_ones(len(indices)), starts, len(encoder))
+        return products_at(codes, x - bias, encoder) + encoder_bias[indices.long()]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, encoder, indices, starts = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, encoder, bias, indices, starts = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
         codes = SparseCodes(indices, grads[0].contiguous(), starts, len(encoder))
-        of_x = decode(codes, encoder) if ctx.needs_input_grad[0] else None
-        of_encoder = scattered(codes, x) if ctx.needs_input_grad[1] else None
-        return of_x, of_encoder, None, None
+        of_x = decode(codes, encoder) if wanted[0] else None
+        of_encoder = scattered(codes, x - bias) if wanted[1] else None
+        of_feature = codes.values.new_zeros(len(encoder)).index_add_(0, indices.long(), codes.values)
+        # what tokens share: one product for all of them
+        of_bias = -(of_feature @ encoder) if wanted[3] else None
+        return of_x, of_encoder, of_feature, of_bias, None, None, None

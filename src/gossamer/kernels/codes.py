@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.native import VALUE_CODES, native, offers
 
 _CHUNK = 1 << 23  # numbers that are gathered at a time
 
@@ -77,6 +78,22 @@ def products_at(codes: SparseCodes, rows: Tensor, dictionary: Tensor) -> Tensor:
     dictionary
         ``(features, size)``.
     """
+    rows = rows.detach().contiguous()
+    if rows.dtype == torch.float32 and _compiled(dictionary):
+        indices, starts, stored = _listed(codes, dictionary)
+        found = torch.empty(len(indices), dtype=torch.float32)
+        native().code_products(
+            len(codes),
+            indices.data_ptr(),
+            starts.data_ptr(),
+            rows.data_ptr(),
+            stored.data_ptr(),
+            VALUE_CODES[stored.dtype],
+            stored.shape[1],
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found
     found = rows.new_empty(len(codes.indices))
     row_of, step = codes.row_of, max(1, _CHUNK // max(1, rows.shape[1]))
     for first in range(0, len(found), step):
@@ -87,12 +104,67 @@ def products_at(codes: SparseCodes, rows: Tensor, dictionary: Tensor) -> Tensor:
 
 def scattered(codes: SparseCodes, rows: Tensor) -> Tensor:
     """``codesᵀ · rows``, ``(features, size)``: every atom's sum of the rows that hold it, weighted by their values."""
-    turned = codes.transposed()
+    turned = turn(codes)
     return _gathered(turned.values, rows, turned.indices, turned.starts)
 
 
-def _gathered(values: Tensor, dictionary: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
-    weights = values.detach().to(dictionary.dtype)
-    return embedding_bag(
-        indices.long(), dictionary.detach(), starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+def turn(codes: SparseCodes) -> SparseCodes:
+    """``(features, rows)``: for every feature, the rows that hold it, ascending; without gradients."""
+    values = codes.values.detach()
+    if not offers("code_turn") or values.device.type != "cpu" or values.dtype != torch.float32 or not len(codes):
+        return SparseCodes(codes.indices, values, codes.starts, codes.width).transposed()
+    indices, starts = codes.indices.to(torch.int32).contiguous(), codes.starts.contiguous()
+    values = values.contiguous()
+    holders, turned = torch.empty_like(indices), torch.empty_like(values)
+    turned_starts = torch.empty(codes.width + 1, dtype=torch.int64)
+    native().code_turn(
+        len(codes),
+        codes.width,
+        indices.data_ptr(),
+        values.data_ptr(),
+        starts.data_ptr(),
+        holders.data_ptr(),
+        turned.data_ptr(),
+        turned_starts.data_ptr(),
     )
+    return SparseCodes(holders, turned, turned_starts, len(codes))
+
+
+def _gathered(values: Tensor, dictionary: Tensor, indices: Tensor, starts: Tensor) -> Tensor:
+    values, dictionary = values.detach(), dictionary.detach()
+    if values.dtype == torch.float32 and _compiled(dictionary):
+        codes = SparseCodes(indices, values, starts, max(len(dictionary), 1))
+        indices, starts, stored = _listed(codes, dictionary)
+        values = values.contiguous()
+        found = torch.empty(len(codes), stored.shape[1], dtype=torch.float32)
+        native().code_gather(
+            len(codes),
+            indices.data_ptr(),
+            values.data_ptr(),
+            starts.data_ptr(),
+            stored.data_ptr(),
+            VALUE_CODES[stored.dtype],
+            stored.shape[1],
+            found.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found.to(dictionary.dtype)
+    weights = values.to(dictionary.dtype)
+    return embedding_bag(
+        indices.long(), dictionary, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _compiled(dictionary: Tensor) -> bool:
+    """Whether compiled code reads rows of this dictionary."""
+    known = dictionary.dtype in (torch.float32, torch.bfloat16) and dictionary.device.type == "cpu"
+    return known and offers("code_gather") and dictionary.numel() > 0
+
+
+def _listed(codes: SparseCodes, dictionary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices, starts and dictionary as compiled code reads them, which checks nothing."""
+    if codes.indices.numel() and not 0 <= int(codes.indices.min()) <= int(codes.indices.max()) < len(dictionary):
+        raise ConfigurationError(f"codes hold a feature outside the {len(dictionary)} rows of the dictionary")
+    if int(codes.starts[0]) != 0 or int(codes.starts[-1]) != len(codes.indices):
+        raise ConfigurationError(f"starts end at {int(codes.starts[-1])} instead of {len(codes.indices)}")
+    return codes.indices.to(torch.int32).contiguous(), codes.starts.contiguous(), dictionary.detach().contiguous()
