@@ -129,6 +129,8 @@ def test_adaptive_methods_are_calibrated_on_other_prompts_of_the_same_tasks(subj
         ({"lengths": [10]}, ConfigurationError, "a length is 10"),
         ({"lengths": [4096]}, ConfigurationError, "reads 512 tokens"),
         ({"samples": 0}, ConfigurationError, "samples is 0"),
+        ({"batch_size": 0}, ConfigurationError, "batch_size is 0"),
+        ({"tolerance": -1.0}, ConfigurationError, "tolerance is -1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(loaded, options, error, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -63,14 +64,19 @@ def attention_eval(
             row["phase"],
             str(row["length"]),
             f"{row['sparsity']:.1%}",
-            f"{row['realised']:.1%}",
-            f"{row['accuracy']:.1%}",
-            f"{row['dense']:.1%}",
+            _share(row["realised"]),
+            _share(row["accuracy"]),
+            _share(row["dense"]),
             "yes" if row["safe"] else "no",
         )
     console.print(table)
     if output is not None:
         console.print(f"{output / 'attention.json'}, {output / 'attention.png'}")
+
+
+def _share(value: float) -> str:
+    """A share in percent; a dash where a method cannot go as far as was asked."""
+    return f"{value:.1%}" if math.isfinite(value) else "–"
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -171,7 +171,7 @@ def evaluate_attention(
     for name in methods:
         rule_of(name)
     chosen = chosen_tasks(tasks)
-    _check_numbers(lengths, sparsities, samples)
+    _check_numbers(lengths, sparsities, samples, batch_size, tolerance)
     folder = None if output is None else _folder(Path(output), overwrite)
     loaded = load(model, dtype="float32")
     if loaded.licence:
@@ -194,15 +194,20 @@ def evaluate_attention(
     return result
 
 
-def _check_numbers(lengths: Sequence[int], sparsities: Sequence[float], samples: int) -> None:
+def _check_numbers(
+    lengths: Sequence[int], sparsities: Sequence[float], samples: int, batch_size: int, tolerance: float
+) -> None:
     for length in lengths:
         if length < 64:
             raise ConfigurationError(f"a length is {length}; prompts need 64 tokens or more")
     for sparsity in sparsities:
         if not 0 < sparsity < 1:
             raise ConfigurationError(f"a sparsity is {sparsity}; each must be in (0, 1), such as 0.75")
-    if samples < 1:
-        raise ConfigurationError(f"samples is {samples}; at least 1 prompt is needed")
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; at least 1 prompt is needed")
+    if not 0 <= tolerance <= 1:
+        raise ConfigurationError(f"tolerance is {tolerance}; it must be in [0, 1], such as 0.05")
 
 
 def _check_positions(model: Any, lengths: Sequence[int]) -> None:
