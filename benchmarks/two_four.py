@@ -36,6 +36,7 @@ from gossamer.measure import describe_machine, perplexity
 from gossamer.pruning.magnitude import Magnitude
 from gossamer.pruning.sparsegpt import SparseGPT
 from gossamer.pruning.wanda import Wanda
+from gossamer.storage.atomic import write_json
 from gossamer.training.cast import CAST
 from gossamer.training.distillation import SelfDistillation
 from gossamer.training.maskllm import MaskLLM
@@ -348,10 +349,10 @@ def main() -> None:
         merged = {**figures(), **known}
         ordered = {name: merged[name] for name in names if name in merged}
         content = {"machine": describe_machine(), "settings": settings, "figures": ordered}
-        fresh = arguments.json.with_suffix(".part")
-        fresh.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(fresh, arguments.json)
+        write_json(arguments.json, content)
 
+    for folder in (arguments.json.parent, arguments.checkpoints):
+        folder.mkdir(parents=True, exist_ok=True)
     measure(
         Study.of(arguments.model, arguments.steps, arguments.checkpoints),
         arguments.methods,
