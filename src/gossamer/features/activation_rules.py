@@ -24,6 +24,8 @@ Chosen = tuple[Tensor, Tensor]
 class ActivationRule(nn.Module, ABC):
     """Chooses among non-negative affinities ``(tokens, features)``."""
 
+    needs_effect = False  # whether it looks at changes of the model's loss, which take a product to compute
+
     def build(self, features: int) -> None:
         """Make room for what is remembered of every feature."""
 
@@ -118,6 +120,8 @@ class GradientTopK(CountedRule):
 
     mean_effect: Tensor
 
+    needs_effect = True
+
     def __init__(self, k: int, beta: float = 1.0, memory: float = 0.99):
         super().__init__(k)
         if not beta >= 0 or not 0 <= memory < 1:
@@ -144,7 +148,7 @@ class GradientTopK(CountedRule):
         return {**super().settings(), "beta": self.beta, "memory": self.memory}
 
 
-class MutualChoice(CountedRule):
+class MutualChoice(ActivationRule):
     """The best matches of a whole batch, k for a token in the mean; also known as BatchTopK.
 
     Tokens that need more features get more [Ayonrinde, 2024, arXiv 2411.02124; Bussmann et al., 2024, arXiv
@@ -153,30 +157,34 @@ class MutualChoice(CountedRule):
     Parameters
     ----------
     k
-        Features of a token in the mean.
+        Features of a token in the mean; need not be a whole number.
     memory
         Of the running mean.
     """
 
     threshold: Tensor
 
-    def __init__(self, k: int, memory: float = 0.99):
-        super().__init__(k)
-        if not 0 <= memory < 1:
-            raise ConfigurationError(f"memory is {memory}; it must be in [0, 1)")
-        self.memory = memory
+    def __init__(self, k: float, memory: float = 0.99):
+        super().__init__()
+        if not k > 0 or not 0 <= memory < 1:
+            raise ConfigurationError(f"k is {k} and memory {memory}; give more than 0, and a number in [0, 1)")
+        self.k, self.memory = k, memory
         self.register_buffer("threshold", torch.full((), float("nan")))
+
+    def build(self, features: int) -> None:  # noqa: D102
+        if self.k > features:
+            raise ConfigurationError(f"k is {self.k}; there are only {features} features")
 
     def mask(self, affinity: Tensor, effect: Tensor | None) -> Tensor:  # noqa: D102
         if not self.training and not _unknown(self, self.threshold):
             return (affinity >= self.threshold) & (affinity > 0)
-        found = allocate(affinity, self.k * len(affinity), "mutual")
+        found = allocate(affinity, max(1, round(self.k * len(affinity))), "mutual")
         if self.training and bool(found.any()):
             _follow(self.threshold, affinity[found].min(), self.memory)
         return found
 
     def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {**super().settings(), "memory": self.memory}
+        return {**super().settings(), "k": self.k, "memory": self.memory}
 
 
 class FeatureChoice(CountedRule):

@@ -186,7 +186,7 @@ class SAE(nn.Module):
         return found
 
     def _effect(self, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
+        if gradient is None or not self.activation.needs_effect:
             return None
         with torch.no_grad():
             return self._flat(gradient, "gradient") @ self.decoder.t()
