@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from gossamer.cli import attention, jobs, knowledge, models  # noqa: F401  # each adds its commands
+from gossamer.cli import attention, features, jobs, knowledge, models  # noqa: F401  # each adds its commands
 from gossamer.cli.common import app
 from gossamer.errors import GossamerError
 

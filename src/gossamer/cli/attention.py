@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from gossamer.cli.common import AsJson, Model, Overwrite, app, console, print_values
-from gossamer.errors import ConfigurationError
-
-Number = TypeVar("Number", int, float)
+from gossamer.cli.common import AsJson, Model, Overwrite, app, console, numbers_of, print_values, words_of
 
 
 @app.command("attention-eval")
@@ -41,10 +37,10 @@ def attention_eval(
 
     found = evaluate_attention(
         model,
-        tuple(RULES) if methods is None else _words(methods),
-        _numbers(sparsities, float, "sparsities"),
-        _numbers(lengths, int, "lengths"),
-        _words(tasks),
+        tuple(RULES) if methods is None else words_of(methods),
+        numbers_of(sparsities, float, "sparsities"),
+        numbers_of(lengths, int, "lengths"),
+        words_of(tasks),
         samples,
         seed,
         output,
@@ -77,14 +73,3 @@ def attention_eval(
 def _share(value: float) -> str:
     """A share in percent; a dash where a method cannot go as far as was asked."""
     return f"{value:.1%}" if math.isfinite(value) else "–"
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str, kind: Callable[[str], Number], name: str) -> tuple[Number, ...]:
-    try:
-        return tuple(kind(word) for word in _words(text))
-    except ValueError:
-        raise ConfigurationError(f"{name} is {text!r}; give numbers separated by commas, such as 0.5,0.9") from None

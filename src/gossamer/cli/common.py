@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from gossamer import __version__
 from gossamer.errors import ConfigurationError
+
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(help="Make models sparse, and make sparse pay.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -45,6 +48,25 @@ def read_options(options: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name.replace("-", "_")] = value
     return found
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def numbers_of(text: str, kind: Callable[[str], Number], name: str) -> tuple[Number, ...]:
+    """Numbers between commas.
+
+    Raises
+    ------
+    ConfigurationError
+        If one of them is none.
+    """
+    try:
+        return tuple(kind(word) for word in words_of(text))
+    except ValueError:
+        raise ConfigurationError(f"{name} is {text!r}; give numbers separated by commas, such as 0.5,0.9") from None
 
 
 def read_thresholds(rules: Path | None, model: Any) -> Any:

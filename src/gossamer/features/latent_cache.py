@@ -174,6 +174,11 @@ class LatentCache:
         documents = np.searchsorted(self.row_starts, rows, side="right") - 1
         return documents, rows - self.row_starts[documents] + self.facts.skipped
 
+    def token_places(self, rows: np.ndarray) -> np.ndarray:
+        """Where the token of every row lies in `tokens`; int64."""
+        documents, positions = self.places(rows)
+        return self.offsets[documents] + positions
+
     def _checked(self, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):

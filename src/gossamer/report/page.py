@@ -181,17 +181,18 @@ def check_record(record: object) -> None:
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Templates of this folder, and what they may call."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("gossamer.report", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.finalize = lambda value: "" if value is None else value
+    made.finalize = lambda value: "" if value is None else value
     filters = (scaled, figure, percent, in_words, number)
-    environment.filters.update({function.__name__: function for function in filters})
-    return environment
+    made.filters.update({function.__name__: function for function in filters})
+    return made
 
 
 def render_page(record: Mapping) -> str:
@@ -219,7 +220,7 @@ def render_page(record: Mapping) -> str:
     layers, method = record.get("layers", []), record["method"]
     dense_perplexity = number(record["dense"]["perplexity"])
     return (
-        _environment()
+        environment()
         .get_template("page.html.jinja")
         .render(
             record=record,
