@@ -27,6 +27,7 @@ void bind_convolution_bytes(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_integers(nb::module_& m);
 void bind_patterns(nb::module_& m);
+void bind_pursuit(nb::module_& m);
 void bind_selection(nb::module_& m);
 void bind_training(nb::module_& m);
 
@@ -75,6 +76,7 @@ NB_MODULE(_native, m) {
   bind_decoder(m);
   bind_integers(m);
   bind_patterns(m);
+  bind_pursuit(m);
   bind_selection(m);
   bind_training(m);
 

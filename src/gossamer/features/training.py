@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer.core.progress import track
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import JumpReLU
+from gossamer.features.dictionary_adam import DictionaryAdam
 from gossamer.features.losses import (
     attribution_penalty,
     auxiliary_loss,
@@ -151,7 +152,7 @@ class Learner:
     @classmethod
     def of(cls, sae: SAE, settings: TrainingSettings) -> Learner:
         """Ready for the first step."""
-        optimizer = torch.optim.Adam(sae.parameters(), settings.learning_rate, betas=settings.betas)
+        optimizer = DictionaryAdam(sae.parameters(), settings.learning_rate, settings.betas, [sae.decoder])
         features = sae.n_features
         return cls(sae, settings, optimizer, torch.zeros(features), torch.zeros(features, dtype=torch.int64))
 
@@ -179,11 +180,10 @@ class Learner:
             raise NonFiniteError(f"the loss is {float(loss)} at step {number}; lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.sae.straighten_gradient_()
         if self.settings.clip is not None:
+            self.sae.straighten_gradient_()
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.settings.clip)
         self.optimizer.step()
-        self.sae.normalize_()
         noted = self._note(number, x, explained, float(loss.detach()))
         self._resample(number, x, explained)
         return noted
