@@ -59,7 +59,7 @@ def test_the_gap_closes_where_the_code_is_zero():
 def test_signals_stop_at_their_tolerance(method):
     x, dictionary = problem()
     for tolerance in (1e-2, 1e-5):
-        found = lasso(x, dictionary, 0.5, method=method, tolerance=tolerance, max_iter=5000)
+        found = lasso(x, dictionary, 2.0, method=method, tolerance=tolerance, max_iter=5000)
         assert found.converged.all()
         assert (found.gap <= tolerance * x.square().sum(1) / 2).all()
     assert not lasso(x, dictionary, 0.01, method=method, tolerance=1e-12, max_iter=1).converged.all()
@@ -70,7 +70,7 @@ def test_atoms_and_signals_of_zero_are_left_alone():
     dictionary[4] = 0
     x[3] = 0
     for method in ("fista", "cd"):
-        found = lasso(x, dictionary, 0.5, method=method)
+        found = lasso(x, dictionary, 2.0, method=method)
         assert not found.codes[:, 4].any()
         assert not found.codes[3].any()
         assert found.converged[3]
