@@ -27,7 +27,7 @@ except ImportError:  # modules with estimators must still be found by whoever li
         def __init_subclass__(cls, **kwargs: Any) -> None:
             """Let a subclass be defined, and say what is missing when it is made."""
             super().__init_subclass__(**kwargs)
-            cls.__init__ = _refuse  # type: ignore[assignment]
+            cls.__init__ = _refuse  # type: ignore[method-assign]
 
     class ClassNamePrefixFeaturesOutMixin:  # type: ignore[no-redef]
         """Stands in where scikit-learn is missing."""
