@@ -54,7 +54,9 @@ def make_page(features: int, documents: int = 40, length: int = 64, contexts: in
         return Context(document, begin, np.zeros(size, np.int32), values, centre)
 
     def near(count: int):
-        return torch.from_numpy(draw.integers(0, features, (features, count))), torch.rand(features, count)
+        return torch.from_numpy(draw.integers(0, features, (features, count))), torch.from_numpy(
+            draw.uniform(0, 1, (features, count))
+        )
 
     def effects(sign: int):
         values = sign * np.sort(draw.uniform(0, 4, (features, 10)))[:, ::-1]

@@ -191,7 +191,7 @@ def _feature(page: FeaturesPage, feature: int, words: _Words, text: _Text) -> di
     most = float(found.statistics.maximum[feature])
     said: dict[str, Any] = {
         "histogram": found.statistics.histogram[feature].tolist(),
-        "mean": _short(found.statistics.mean[feature]),
+        "mean": _short(float(found.statistics.mean[feature])),
         "strongest": [_context(context, most, text) for context in found.strongest[feature]],
         "weaker": [_context(context, most, text) for context in found.weaker[feature]],
     }
@@ -213,8 +213,10 @@ def _pairs(numbers: Tensor, values: Tensor) -> list[tuple[int, float]]:
 
 def _context(context: Context, most: float, text: _Text) -> list[Any]:
     """Place in the text, length, centre, document, position, and each active token with its level."""
-    levels = np.ceil(np.clip(context.values / (most or 1), 0, 1) * _LEVELS).astype(int)
-    active = [int(number) for at in np.flatnonzero(levels) for number in (at, levels[at])]
+    places = (context.values > 0).nonzero()[0]
+    # so that rounding does not lift a level above its own
+    levels = np.minimum(np.ceil(context.values[places] * (_LEVELS / (most or 1)) - 1e-3), _LEVELS)
+    active = np.stack([places, levels], 1).astype(int).ravel().tolist()
     position = context.begin + context.centre
     return [text.place(context), len(context.tokens), context.centre, context.document, position, active]
 
@@ -224,7 +226,7 @@ def _index(page: FeaturesPage, words: _Words) -> dict[str, Any]:
     statistics, read = page.exploration.statistics, page.token_texts
     return {
         "count": statistics.counts.tolist(),
-        "maximum": [_short(value) for value in statistics.maximum],
+        "maximum": [_short(value) for value in statistics.maximum.tolist()],
         "tokens": [
             [number for token, share in tokens for number in (words[read[token]], round(100 * share))]
             for tokens in page.exploration.tokens
@@ -252,4 +254,4 @@ def _steering(page: FeaturesPage) -> dict[str, Any]:
 
 def _short(value: float) -> float:
     """Four digits, which is more than a page shows."""
-    return float(f"{float(value):.4g}")
+    return float(f"{value:.4g}")
