@@ -118,6 +118,9 @@ def test_variety_counts_cells():
     assert shape_variety(spread) == pytest.approx(16)
     assert shape_variety(torch.zeros(9, 2)) == pytest.approx(1)
     assert shape_variety(torch.zeros(0, 2)) == 0
+    # two cells of 3 and 1 units: of 6 pairs, 3 meet both
+    assert shape_variety(torch.tensor([[0.0, 0]] * 3 + [[1.0, 1]]), units=2) == pytest.approx(1.5)
+    assert shape_variety(torch.cat([spread] * 3), units=16) < 16
 
 
 def test_sparseness_of_one_and_of_all():

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gossamer.coding import sparsity_curves as module
 from gossamer.coding.sparsity_curves import l0_error_curve, point, refitted, units_needed
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.pursuit import orthogonal_matching_pursuit
 
 
 def problem(signals=300, atoms=32, size=12, seed=0):
@@ -21,6 +23,21 @@ def test_more_non_zeros_leave_less():
         assert [one.l0 for one in curve] == pytest.approx([1, 3, 6], rel=0.1)
         errors = [one.error for one in curve]
         assert errors == sorted(errors, reverse=True)
+
+
+def test_a_pursuit_spends_steps_where_they_pay():
+    x, dictionary = problem()
+    x[:150] *= 5
+    (at,) = l0_error_curve(x, dictionary, "omp", [3])
+    fixed = orthogonal_matching_pursuit(x, dictionary, 3)
+    assert at.l0 == pytest.approx(3, abs=0.01)
+    assert at.error < float(fixed.residual.square().sum() / x.square().sum())
+    # where all may be taken, what is left is what steps leave
+    gains = module._gains(x, dictionary, 5)
+    left = x.square().sum(1).double() - gains.sum(1)
+    assert torch.allclose(
+        left, orthogonal_matching_pursuit(x, dictionary, 5).residual.square().sum(1).double(), atol=1e-3
+    )
 
 
 def test_at_equal_counts_the_l1_norm_leaves_most():

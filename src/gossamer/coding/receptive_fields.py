@@ -266,20 +266,30 @@ def _half_width(response: Tensor) -> Tensor:
     return torch.where(never, math.pi / 2, width)
 
 
-def shape_variety(cycles: Tensor, cell: float = 0.1, most: float = 1.5) -> float:
-    """Effective number of cells of the plane of (n_x, n_y) that are in use: the exponential of their entropy.
+def shape_variety(cycles: Tensor, units: int = 20, cell: float = 0.1, most: float = 1.5) -> float:
+    """How many cells of the plane of (n_x, n_y) are met by so many of the units, drawn at random, in the mean.
+
+    Rarefied like this, dictionaries with different numbers of good fits can be compared; with fewer units than are
+    drawn, it is the number of cells that all of them meet.
 
     Parameters
     ----------
     cycles
-        ``(units, 2)``. More units reach more cells, so that only equally many should be compared.
+        ``(units, 2)``, of units with a good fit.
+    units
+        How many are drawn, without putting any back.
     cell, most
         Width of a cell, and where the plane ends; what lies beyond counts to the last cells.
     """
     places = (cycles.clamp(0, most - 1e-9) / cell).long()
     counts = torch.bincount(places[:, 0] * math.ceil(most / cell) + places[:, 1]).double()
-    share = counts[counts > 0] / counts.sum().clamp(min=1)
-    return float((-(share * share.log()).sum()).exp()) if len(cycles) else 0.0
+    counts = counts[counts > 0]
+    total, drawn = float(len(cycles)), float(min(units, len(cycles)))
+    # of all draws, the share that misses a cell
+    rest = (total - counts).clamp(min=0)
+    missed = torch.lgamma(rest + 1) + math.lgamma(total - drawn + 1)
+    missed -= torch.lgamma((rest - drawn).clamp(min=0) + 1) + math.lgamma(total + 1)
+    return float((1 - torch.where(rest >= drawn, missed.exp(), 0)).sum())
 
 
 def sparseness(activities: Tensor, dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from gossamer.coding.thresholding import lam_for_l0, sparse_encode
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.pursuit import orthogonal_matching_pursuit
 
-_SAMPLE = 1000
+_SAMPLE = 2000
 _RIDGE = 1e-8
+_DEEPER = 4  # than the mean: as many steps of a pursuit as a signal may take
 _ENTRIES = 1 << 22
 
 
@@ -29,7 +31,7 @@ class Point:
     error
         Squared error of all signals over their squares.
     lam
-        The weight of the penalty, 0 for a pursuit.
+        The weight of the penalty.
     """
 
     l0: float
@@ -55,9 +57,10 @@ def l0_error_curve(
     x, dictionary
         ``(signals, size)`` and ``(atoms, size)``.
     penalty
-        One of :data:`gossamer.core.prox.PENALTIES` with a weight, or ``"omp"`` for orthogonal matching pursuit.
+        One of :data:`gossamer.core.prox.PENALTIES` with a weight, or ``"omp"`` for orthogonal matching pursuit, which
+        goes on for every signal as long as a step takes enough off its error.
     targets
-        Mean non-zeros that are asked for; whole numbers for ``"omp"``. Weights are found on 1000 of the signals.
+        Mean non-zeros that are asked for. Weights are found on up to 2000 of the signals.
     refit
         Whether codes are replaced by the least squares fit of the atoms that they use, which takes the shrinkage of
         the l1 norm away.
@@ -73,14 +76,40 @@ def l0_error_curve(
     sample, points = x[::every][:_SAMPLE], []
     for target in targets:
         if penalty == "omp":
-            codes = orthogonal_matching_pursuit(x, dictionary, int(target)).codes.to_dense()
-            points.append(point(x, dictionary, codes))
+            points.append(_pursued(x, dictionary, target))
             continue
         options = {"max_iter": max_iter, "parameters": parameters, **options}
         lam = lam_for_l0(sample, dictionary, penalty, target, **options)
         codes = sparse_encode(x, dictionary, penalty, lam, **options)
         points.append(point(x, dictionary, refitted(x, dictionary, codes) if refit else codes, lam))
     return points
+
+
+@torch.no_grad()
+def _pursued(x: Tensor, dictionary: Tensor, target: float) -> Point:
+    """Every signal takes the steps at which its ``½ ‖residual‖² + λ steps`` is least; λ gives the mean."""
+    depth = min(math.ceil(_DEEPER * target), *dictionary.shape)
+    gains = torch.cat([_gains(part, dictionary, depth) for part in x.split(max(1, _ENTRIES // (depth * x.shape[1])))])
+    saved = torch.nn.functional.pad(gains.cumsum(1), (1, 0)) / 2
+    steps = torch.arange(depth + 1, dtype=torch.float64, device=x.device)
+    low, high = -40.0, math.log(float(saved.max().clamp(min=1e-30)) + 1)
+    for _ in range(60):
+        middle = (low + high) / 2
+        best = (saved - math.exp(middle) * steps).argmax(1)
+        low, high = (middle, high) if float(best.double().mean()) > target else (low, middle)
+    total = x.square().sum(dtype=torch.float64)
+    left = total - 2 * saved.gather(1, best[:, None]).sum()
+    return Point(float(best.double().mean()), float(left / total.clamp(min=1e-300)), math.exp(middle))
+
+
+def _gains(x: Tensor, dictionary: Tensor, depth: int) -> Tensor:
+    """By how much every step of a pursuit lowers the squared residual, ``(signals, depth)``."""
+    found = orthogonal_matching_pursuit(x, dictionary, depth)
+    chosen = dictionary[found.atoms].double()
+    # spans are nested, so that a step gains the square along the direction that it adds
+    directions = torch.linalg.qr(chosen.transpose(1, 2)).Q
+    gains = torch.einsum("ndt,nd->nt", directions, x.double()).square()
+    return gains.masked_fill(found.values == 0, 0)
 
 
 def point(x: Tensor, dictionary: Tensor, codes: Tensor, lam: float = 0.0) -> Point:

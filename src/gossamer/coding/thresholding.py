@@ -163,7 +163,7 @@ def lam_for_l0(
 ) -> float:
     """The weight at which codes of these signals have so many non-zeros in the mean.
 
-    Found by halving intervals of log λ, until the count is within one percent or after so many rounds.
+    Found between two weights that are drawn together, until the count is within one percent or after so many rounds.
 
     Raises
     ------
@@ -181,18 +181,25 @@ def lam_for_l0(
         codes = iterative_thresholding(x, dictionary, one, **options).codes
         return float((codes != 0).sum(1, dtype=torch.float64).mean())
 
+    wanted = math.log(target)
     high = math.log(float((x @ dictionary.t()).abs().max().clamp(min=_TINY)))
-    while count(high) > target:
+    while (few := count(high)) > target:
         high += math.log(4)
     low = high - math.log(100)
-    while count(low) < target and low > high - 40:
-        high, low = low, low - math.log(10)
+    while (many := count(low)) < target and low > high - 40:
+        high, few, low = low, many, low - math.log(10)
     for _ in range(rounds):
-        middle = (low + high) / 2
+        # counts are nearly a power of the weight; steps stay away from the ends, where they are not
+        ends = [math.log(max(found, 0.01 * target)) for found in (many, few)]
+        share = (ends[0] - wanted) / (ends[0] - ends[1]) if ends[0] > ends[1] else 0.5
+        middle = low + (high - low) * min(max(share, 0.1), 0.9)
         found = count(middle)
         if abs(found - target) <= 0.01 * target:
             return math.exp(middle)
-        low, high = (middle, high) if found > target else (low, middle)
+        if found > target:
+            low, many = middle, found
+        else:
+            high, few = middle, found
     return math.exp((low + high) / 2)
 
 
