@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from gossamer.features.autointerp.pipeline import Interpretation
 from gossamer.features.autointerp.score import Score
 from gossamer.features.exploration import Exploration
-from gossamer.features.feature_explanations import Explanation
 from gossamer.features.latent_cache import Context, FeatureStatistics
 from gossamer.features.logit_effects import LogitEffects
 from gossamer.features.steering import Steered
@@ -76,10 +76,13 @@ def make_page(features: int, documents: int = 40, length: int = 64, contexts: in
         [words[token] for token in ids],
     )
     explanations = {
-        feature: Explanation(
+        feature: Interpretation(
+            feature,
             f"words about {WORDS[feature % len(WORDS)]} <i>number {feature}</i>",
-            "a test",
-            [Score("detection", "auc", 0.9, 0.8, 0.95, count=100), Score("fuzzing", "auc", None, abstained=7)],
+            {
+                "detection": Score("detection", "auc", 0.9, 0.8, 0.95, count=100),
+                "fuzzing": Score("fuzzing", "auc", None, abstained=7),
+            },
         )
         for feature in range(0, features, 10)
     }
@@ -99,6 +102,7 @@ def make_page(features: int, documents: int = 40, length: int = 64, contexts: in
         },
         "command": "gossamer features demo --layer 9",
         "more": "gossamer features demo --layer 9 --steer {feature}",
+        "explainer": "a test",
         "dictionary": {"rule": "TopK", "k": 32},
     }  # fmt: skip
     return FeaturesPage(record, exploration, cache, dict(enumerate(words)), explanations, steered, (1.0, 2.0))

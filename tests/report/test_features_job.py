@@ -21,8 +21,8 @@ from gossamer.errors import (
     UnknownNameError,
 )
 from gossamer.features import prepared as prepared_module
+from gossamer.features.autointerp.pipeline import read_interpretations
 from gossamer.features.exploration import ExplorationSettings
-from gossamer.features.feature_explanations import Explanation, load_explanations, save_explanations
 from gossamer.features.prepared import DictionarySettings, prepare
 from gossamer.features.saelens_format import load_saelens, save_saelens
 from gossamer.report.features_job import FeaturesJob
@@ -54,7 +54,7 @@ def job(source, output, dictionary=None, **changes):
 def test_the_job_ends_in_a_page_an_autoencoder_and_a_record(source, tmp_path):
     record = job(source, tmp_path / "out", steer=(3, 5), strengths=(1.0,)).run()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "features.html", "sae", "explanations.json", "record.json",
+        "features.html", "sae", "explanations.jsonl", "record.json",
     }  # fmt: skip
     assert json.loads((tmp_path / "out" / "record.json").read_text())["quality"] == record["quality"]
     page = (tmp_path / "out" / "features.html").read_text()
@@ -64,8 +64,8 @@ def test_the_job_ends_in_a_page_an_autoencoder_and_a_record(source, tmp_path):
     assert (sae.n_features, sae.activation.k, metadata["hook_name"]) == (40, 4, "model.layers.1")
     assert record["steered"] == [3, 5]
     assert record["quality"]["active"] == pytest.approx(4, abs=0.5)
-    found = load_explanations(tmp_path / "out" / "explanations.json")
-    assert len(found) == record["explained"]
+    found = read_interpretations(tmp_path / "out" / "explanations.jsonl")
+    assert sum(bool(said.explanation) for said in found) == record["explained"]
 
 
 def test_a_second_run_takes_everything_from_the_cache(source, tmp_path, monkeypatch):
@@ -131,28 +131,31 @@ def test_an_autoencoder_of_another_size_is_refused(source, tmp_path):
 
 
 def test_explanations_are_taken_from_a_file_and_refused_for_another_autoencoder(source, tmp_path):
-    job(source, tmp_path / "out", explain=0).run()
-    own = tmp_path / "own.json"
-    own.write_text(
-        json.dumps({"format": "gossamer explanations", "version": 1, "features": {"3": {"text": "the letter q"}}})
-    )
-    job(source, tmp_path / "again", explanations=own).run()
-    assert load_explanations(tmp_path / "again" / "explanations.json") == {3: Explanation("the letter q", "", [])}
-    save_explanations({3: Explanation("x")}, own, "another")
-    with pytest.raises(CheckpointError, match="of another autoencoder"):
-        job(source, tmp_path / "refused", explanations=own).run()
-    save_explanations({40: Explanation("x")}, own)
-    with pytest.raises(ConfigurationError, match="feature 40 does not exist; there are features from 0 to 39"):
-        job(source, tmp_path / "refused", explanations=own).run()
-    for content, message in (
-        ("[]", "does not say that it holds explanations"),
-        ('{"format": "gossamer explanations", "version": 9}', "version 9"),
-        ('{"format": "gossamer explanations", "version": 1, "features": {"3": {}}}', "is damaged"),
-        ("{", "holds no explanations"),
+    own = tmp_path / "own.jsonl"
+
+    def write(latent, **header):
+        about = {"format": "gossamer interpretations", "version": 1, **header}
+        said = {"latent": latent, "explanation": "the letter q", "scores": {}, "skipped": ""}
+        own.write_text(f"{json.dumps(about)}\n{json.dumps(said)}\n")
+
+    write(3)
+    record = job(source, tmp_path / "out", explanations=own).run()
+    assert record["explained"] == 1
+    assert [said.explanation for said in read_interpretations(tmp_path / "out" / "explanations.jsonl")] == [
+        "the letter q"
+    ]
+    for latent, header, kind, message in (
+        (3, {"study": {"encoder": "another"}}, ModelError, "of another autoencoder"),
+        (40, {}, ConfigurationError, "feature 40 does not exist; there are features from 0 to 39"),
+        (3, {"version": 9}, CheckpointError, "version 9, this gossamer reads 1; update gossamer"),
+        (3, {"format": "notes"}, CheckpointError, "holds no interpretations"),
     ):
-        own.write_text(content)
-        with pytest.raises(CheckpointError, match=message):
+        write(latent, **header)
+        with pytest.raises(kind, match=message):
             job(source, tmp_path / "refused", explanations=own).run()
+    with pytest.raises(CheckpointError, match="does not exist; give a file"):
+        job(source, tmp_path / "refused", explanations=tmp_path / "nothing").run()
+    assert not (tmp_path / "refused").exists()
 
 
 def test_what_cannot_be_asked_for_is_refused(source, tmp_path):

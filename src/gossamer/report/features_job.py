@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from gossamer.core.progress import track
-from gossamer.errors import CalibrationError, ConfigurationError
+from gossamer.errors import CheckpointError, ConfigurationError, ModelError
 from gossamer.features.autointerp.activity import CachedActivity
 from gossamer.features.autointerp.examples import ExampleBuilder, ExampleSettings
 from gossamer.features.autointerp.explainers import TokenExplainer
 from gossamer.features.autointerp.judges import OfflineJudge
+from gossamer.features.autointerp.pipeline import Interpretation, interpret, read_interpretations
 from gossamer.features.autointerp.scorers import DetectionScorer, FuzzingScorer
 from gossamer.features.exploration import Exploration, ExplorationSettings, explore, token_texts
-from gossamer.features.feature_explanations import Explanation, load_explanations, save_explanations
-from gossamer.features.latent_facts import encoder_fingerprint
 from gossamer.features.prepared import DictionarySettings, Prepared, prepare
 from gossamer.features.saelens_format import save_saelens
 from gossamer.features.splicing import SpliceReport, evaluate_splice
@@ -47,7 +49,7 @@ class FeaturesJob:
     exploration
         How much is shown of every feature.
     explanations
-        File of explanations; None explains offline.
+        File that :func:`~gossamer.features.autointerp.pipeline.interpret` has written; None explains offline.
     explain
         Features to explain, those that are active most often first; 0 explains none.
     steer
@@ -92,48 +94,35 @@ class FeaturesJob:
             raise ConfigurationError(f"explain is {self.explain}; it must be 0 or more")
         with atomic_directory(self.output, overwrite=self.overwrite) as directory:
             ready = prepare(self.dictionary, self.progress, self.say)
-            given = self._given(ready)
+            given = None if self.explanations is None else _given(self.explanations, ready)
             if self.steer is not None:
                 _check_features(self.steer, ready.sae.n_features)
             self.say(str(ready.cache))
             found = explore(ready.cache, ready.sae, ready.model, ready.tokenizer, self.exploration, self.progress)
             quality = evaluate_splice(ready.model, ready.site, ready.sae, ready.held_out, progress=self.progress)
-            explanations = self._explained(ready, found) if given is None else given
+            said = self._explained(ready, found, _kept(ready)) if given is None else given
             chosen = speaking_features(found) if self.steer is None else list(self.steer)
             steered = self._steered(ready, found, chosen)
-            record = self._record(ready, found, quality, explanations, chosen)
+            record = self._record(ready, found, quality, said, chosen)
             texts = token_texts(ready.tokenizer, _listed(found))
-            page = FeaturesPage(record, found, ready.cache, texts, explanations, steered, self.strengths)
+            page = FeaturesPage(record, found, ready.cache, texts, said, steered, self.strengths)
             write_features_page(page, directory / "features.html", self.progress)
             save_saelens(ready.sae, directory / "sae", {"model_name": self.dictionary.model, "hook_name": ready.site})
-            save_explanations(explanations, directory / "explanations.json", encoder_fingerprint(ready.sae))
+            kept = self.explanations or _kept(ready)
+            if kept.is_file():
+                shutil.copyfile(kept, directory / "explanations.jsonl")
             write_json(directory / "record.json", record)
         return record
 
-    def _given(self, ready: Prepared) -> dict[int, Explanation] | None:
-        if self.explanations is None:
-            return None
-        given = load_explanations(self.explanations, encoder_fingerprint(ready.sae))
-        _check_features(list(given), ready.sae.n_features)
-        return given
-
-    def _explained(self, ready: Prepared, found: Exploration) -> dict[int, Explanation]:
-        """Explanations of the features that are active most often, as far as there is text enough for each."""
+    def _explained(self, ready: Prepared, found: Exploration, file: Path) -> dict[int, Interpretation]:
+        """Explanations of the features that are active most often; those with too little text have none."""
         builder = ExampleBuilder(CachedActivity(ready.cache), ready.tokenizer, _EXAMPLES)
-        explainer, judge = TokenExplainer(), OfflineJudge()
-        scorers = DetectionScorer(judge), FuzzingScorer(judge)
-        explained: dict[int, Explanation] = {}
+        judge = OfflineJudge()
         order = np.argsort(-found.statistics.counts, kind="stable")[: self.explain].tolist()
-        for feature in track(order, "explaining features", enabled=self.progress):
-            try:
-                record = builder.build(feature)
-            except CalibrationError:  # too few texts, or none without it
-                continue
-            text = explainer.explain(record)
-            if text is not None:
-                scores = [scorer.score(record, text) for scorer in scorers]
-                explained[feature] = Explanation(text, _EXPLAINER, scores)
-        return explained
+        scorers = DetectionScorer(judge), FuzzingScorer(judge)
+        study = _study(ready)
+        said = interpret(builder, order, TokenExplainer(), scorers, file, study, self.progress)
+        return {each.latent: each for each in said}
 
     def _steered(self, ready: Prepared, found: Exploration, chosen: Sequence[int]) -> dict[int, list[Steered]]:
         if not chosen or not hasattr(ready.model, "generate"):
@@ -157,7 +146,7 @@ class FeaturesJob:
         ready: Prepared,
         found: Exploration,
         quality: SpliceReport,
-        explanations: dict[int, Explanation],
+        explanations: dict[int, Interpretation],
         steered: Sequence[int],
     ) -> dict[str, Any]:
         name, cache = short_name(self.dictionary.model), ready.cache
@@ -182,10 +171,37 @@ class FeaturesJob:
             "settings": {
                 key: str(value) for key, value in dataclasses.asdict(self.dictionary).items() if value is not None
             },
-            "explained": len(explanations),
+            "explained": sum(bool(said.explanation) for said in explanations.values()),
+            "explainer": _EXPLAINER if self.explanations is None else str(self.explanations),
             "steered": list(steered),
             "machine": describe_machine(),
         }
+
+
+def _study(ready: Prepared) -> dict[str, str]:
+    """What explanations depend on besides how they are made."""
+    return {"encoder": ready.cache.facts.encoder, "text": ready.cache.facts.text}
+
+
+def _kept(ready: Prepared) -> Path:
+    """Where explanations of this dictionary are kept between runs."""
+    made = hashlib.sha256(json.dumps([dataclasses.asdict(_EXAMPLES), _study(ready)]).encode()).hexdigest()[:12]
+    return ready.cache.directory.with_name(f"explanations-{made}.jsonl")
+
+
+def _given(file: Path, ready: Prepared) -> dict[int, Interpretation]:
+    """Explanations of a file, which must be of this autoencoder if they say of which they are."""
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; give a file of explanations, such as one that an earlier run wrote"
+        )
+    given = {said.latent: said for said in read_interpretations(file)}
+    with file.open(encoding="utf-8") as lines:
+        study = json.loads(next(lines)).get("study") or {}
+    if study.get("encoder", ready.cache.facts.encoder) != ready.cache.facts.encoder:
+        raise ModelError(f"{file} explains the features of another autoencoder; give explanations of this one")
+    _check_features(list(given), ready.sae.n_features)
+    return given
 
 
 def speaking_features(found: Exploration, count: int = 8) -> list[int]:

@@ -206,7 +206,7 @@ function explained(explanation) {
     const abstained = score.abstained ? `, ${score.abstained} abstained` : "";
     scores.append(make("li", {}, `${score.scorer} `, make("b", {}, value), make("span", { class: "unit" }, `${interval} ${score.metric}, ${score.count} windows${abstained}`)));
   }
-  return [make("p", { class: "said" }, explanation.text), scores, ...(explanation.by ? [make("p", { class: "caption" }, `Explained by ${explanation.by}.`)] : [])];
+  return [make("p", { class: "said" }, explanation.text), scores, ...(facts.explainer ? [make("p", { class: "caption" }, `Explained by ${facts.explainer}.`)] : [])];
 }
 
 function activations(feature, data) {

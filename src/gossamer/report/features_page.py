@@ -21,8 +21,8 @@ from torch import Tensor
 
 from gossamer.core.progress import track
 from gossamer.errors import ConfigurationError
+from gossamer.features.autointerp.pipeline import Interpretation
 from gossamer.features.exploration import Exploration
-from gossamer.features.feature_explanations import Explanation
 from gossamer.features.latent_cache import Context, LatentCache
 from gossamer.features.steering import Steered
 from gossamer.report.page import environment
@@ -43,8 +43,8 @@ class FeaturesPage:
     record
         Plain values about the run: ``title``, ``model`` (a mapping with ``name``), ``site``, ``tokens``, ``quality``
         (what :meth:`SpliceReport.to_dict <gossamer.features.splicing.SpliceReport.to_dict>` gives), and optionally
-        ``date``, ``command``, ``more`` (a command with ``{feature}`` that adds steering of a feature), ``dictionary``
-        and ``settings``.
+        ``date``, ``command``, ``more`` (a command with ``{feature}`` that adds steering of a feature), ``explainer``,
+        ``dictionary`` and ``settings``.
     exploration
         All features.
     cache
@@ -61,7 +61,7 @@ class FeaturesPage:
     exploration: Exploration
     cache: LatentCache
     token_texts: Mapping[int, str]
-    explanations: Mapping[int, Explanation] = field(default_factory=dict)
+    explanations: Mapping[int, Interpretation] = field(default_factory=dict)
     steered: Mapping[int, Sequence[Steered]] = field(default_factory=dict)
     strengths: Sequence[float] = ()
 
@@ -111,6 +111,7 @@ def render_features_page(page: FeaturesPage, progress: bool = True) -> str:
         "levels": _LEVELS,
         "tokens": len(page.cache),
         "more": page.record.get("more", ""),
+        "explainer": page.record.get("explainer", ""),
         "strengths": list(page.strengths),
     }
     return (
@@ -123,7 +124,7 @@ def render_features_page(page: FeaturesPage, progress: bool = True) -> str:
             blocks=blocks,
             features=len(statistics.counts),
             dead=int((statistics.counts == 0).sum()),
-            explained=len(page.explanations),
+            explained=len(_explained(page)),
             steered=len(page.steered),
             logits=page.exploration.effects is not None,
         )
@@ -231,18 +232,34 @@ def _index(page: FeaturesPage, words: _Words) -> dict[str, Any]:
             [number for token, share in tokens for number in (words[read[token]], round(100 * share))]
             for tokens in page.exploration.tokens
         ],
-        "explained": {str(feature): said.text for feature, said in sorted(page.explanations.items())},
-        "score": {
-            str(feature): best
-            for feature, said in sorted(page.explanations.items())
-            if (best := said.headline_score()) is not None
-        },
+        "explained": {str(feature): said.explanation for feature, said in _explained(page)},
+        "score": {str(feature): mean for feature, said in _explained(page) if (mean := _mean_area(said)) is not None},
         "steered": sorted(page.steered),
     }
 
 
+def _explained(page: FeaturesPage) -> list[tuple[int, Interpretation]]:
+    return sorted((feature, said) for feature, said in page.explanations.items() if said.explanation)
+
+
+def _mean_area(said: Interpretation) -> float | None:
+    """Mean of the areas under curves, by which explanations are ordered."""
+    areas = [score.value for score in said.scores.values() if score.metric == "auc" and score.value is not None]
+    return _short(sum(areas) / len(areas)) if areas else None
+
+
 def _explanations(page: FeaturesPage) -> dict[str, Any]:
-    return {str(feature): said.to_dict() for feature, said in sorted(page.explanations.items())}
+    """What is said, and the scores as far as the page shows them."""
+    return {
+        str(feature): {
+            "text": said.explanation,
+            "scores": [
+                {key: getattr(score, key) for key in ("scorer", "metric", "value", "low", "high", "count", "abstained")}
+                for score in said.scores.values()
+            ],
+        }
+        for feature, said in _explained(page)
+    }
 
 
 def _steering(page: FeaturesPage) -> dict[str, Any]:
