@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,22 @@ def test_a_learner_explains_more_than_rows_at_random():
     assert np.square(left).sum() < 0.1 * np.square(X).sum()
     again = DictionaryLearner(16, target_l0=2, max_iter=15, random_state=0).fit(X)
     assert np.array_equal(again.components_, learner.components_)
+
+
+def test_rows_may_come_in_parts():
+    X, _ = problem(signals=300)
+    learner = DictionaryLearner(10, target_l0=2, random_state=0)
+    for part in np.split(X, 3):
+        learner.partial_fit(part)
+    assert (learner.n_iter_, learner.n_steps_) == (3, 3)
+    assert learner.error_[-1] < learner.error_[0]
+    before = pickle.loads(pickle.dumps(learner)).components_
+    after = learner.partial_fit(X).components_
+    assert not np.array_equal(before, after)
+    assert np.allclose(np.linalg.norm(after, axis=1), 1)
+    assert DictionaryLearner(10, max_iter=2, random_state=0).fit(X).partial_fit(X).n_iter_ == 3
+    with pytest.raises(ValueError, match="features"):
+        learner.partial_fit(X[:, :4])
 
 
 def test_coders_work_in_a_pipeline_and_a_search():

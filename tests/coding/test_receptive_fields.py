@@ -12,6 +12,7 @@ from gossamer.coding.receptive_fields import (
     GaborFits,
     gabor_fit,
     kurtosis,
+    orientation_histogram,
     orientation_selectivity,
     shape_variety,
     sparseness,
@@ -103,6 +104,17 @@ def test_tuning_of_gratings_and_spots():
     assert float(round_one.circular_variance) > 0.95
     assert not round_one.selective.any()
     assert float(round_one.bandwidth) == pytest.approx(math.pi / 2)
+
+
+def test_orientations_are_counted_around_the_half_circle():
+    x, y = module._grid(SIDE)
+    angles = [0.0, 0.05, math.pi - 0.05, math.pi / 2]
+    waves = [torch.cos(2 * math.pi * 0.25 * (x * math.cos(a) + y * math.sin(a))) for a in angles]
+    bell = torch.exp(-(x.square() + y.square()) / 14)
+    tuning = orientation_selectivity(torch.stack([wave * bell for wave in waves]))
+    assert orientation_histogram(tuning, 4).tolist() == pytest.approx([0.75, 0, 0.25, 0])
+    with pytest.raises(ConfigurationError, match="bins is 0"):
+        orientation_histogram(tuning, 0)
 
 
 def test_the_width_of_a_peak():

@@ -129,7 +129,6 @@ class DictionaryLearning:
         if not self.rate > 0:
             raise ConfigurationError(f"rate is {self.rate}; it must be above 0")
 
-    @torch.no_grad()
     def fit(self, x: Tensor, start: Tensor | None = None, progress: Progress = _silent) -> Dictionary:
         """Learn from signals.
 
@@ -149,11 +148,19 @@ class DictionaryLearning:
         NonFiniteError
             If a signal holds NaN or infinity.
         """
-        return _Learning(self, x, start).run(progress)
+        return Learning(self, x, start).run(progress)
 
 
-class _Learning:
-    """One fit: atoms, what was in common with them so far, and the weight."""
+class Learning:
+    """Atoms that are being learnt, what codes had in common with them so far, and the weight.
+
+    Parameters
+    ----------
+    how
+        Settings.
+    x, start
+        As in :meth:`DictionaryLearning.fit`; to go on with other signals, see :meth:`more`.
+    """
 
     def __init__(self, how: DictionaryLearning, x: Tensor, start: Tensor | None):
         self.how, self.x = how, x
@@ -168,37 +175,56 @@ class _Learning:
         self.of_codes = x.new_zeros(how.n_components, how.n_components)
         self.of_signals = torch.zeros_like(self.atoms)
         self.use = x.new_zeros(how.n_components)
-        self.watched, self.coded, self.replaced = 0, 0.0, 0
-        self.kind, self.lam = self._first_kind(), 0.0
+        self.coded, self.replaced = 0.0, 0
+        self.kind, self.lam = how.penalty, 0.0
         self.error: list[float] = []
         self.counts: list[float] = []
 
-    def run(self, progress: Progress) -> Dictionary:
+    @torch.no_grad()
+    def run(self, progress: Progress = _silent) -> Dictionary:
+        """All epochs, soft thresholds first."""
         batches = [batch for _ in range(self.how.epochs) for batch in self._order()]
-        soft = math.ceil(self.how.warm_up * len(batches)) if self.kind == "l1" else 0
+        soft = math.ceil(self.how.warm_up * len(batches))
         patience = max(20, math.ceil(len(self.x) / self.how.batch_size))
-        self.lam = self._weight()
         for step, batch in enumerate(progress(batches, "learning atoms")):
-            if step == soft and self.kind != self.how.penalty:
-                self.kind = self.how.penalty
-                self.lam = self._weight()
+            kind = "l1" if step < soft else self.how.penalty
+            if step == 0 or kind != self.kind:
+                self._code_with(kind)
             self._step(self.x[batch])
             if (step + 1) % patience == 0 and step + 1 < len(batches):
                 self._replace(self.x[batch])
-        return Dictionary(self.atoms, self.lam, self.error, self.counts, self.replaced)
+        return self.result()
+
+    @torch.no_grad()
+    def more(self, x: Tensor) -> Dictionary:
+        """One pass over further signals ``(signals, size)``, without soft thresholds and without atoms anew."""
+        check_problem(x, self.atoms)
+        self.x = x
+        if not self.error:
+            self._code_with(self.how.penalty)
+        for batch in self._order():
+            self._step(x[batch])
+        return self.result()
+
+    def result(self) -> Dictionary:
+        """What was learnt so far."""
+        return Dictionary(self.atoms.clone(), self.lam, self.error, self.counts, self.replaced)
+
+    def _code_with(self, kind: str) -> None:
+        self.kind = kind
+        self.lam = self._weight()
 
     def _step(self, y: Tensor) -> None:
-        codes = self.encode(y)
+        codes = self._encode(y)
         residual = y - codes @ self.atoms
         self.error.append(float(residual.square().sum() / y.square().sum().clamp(min=1e-30)))
         self.counts.append(float((codes != 0).sum(1, dtype=torch.float64).mean()))
         self._steer(self.counts[-1])
         self.use += (codes != 0).sum(0)
-        self.watched += len(y)
         self.coded += self.counts[-1] * len(y)
         getattr(self, f"_{self.how.update}")(y, codes, residual)
 
-    def encode(self, y: Tensor) -> Tensor:
+    def _encode(self, y: Tensor) -> Tensor:
         own = self.how.parameters if self.kind == self.how.penalty else {}
         one = fitted_penalty(self.kind, self.lam, self.atoms, own)
         return iterative_thresholding(y, self.atoms, one, max_iter=self.how.coding_iter, tolerance=1e-3).codes
@@ -254,17 +280,14 @@ class _Learning:
         """Draw atoms anew that hardly a signal used: as what is worst explained."""
         fair = self.coded / self.how.n_components
         idle = (self.use < self.how.least_use * fair).nonzero().flatten()
-        residual = y - self.encode(y) @ self.atoms
+        residual = y - self._encode(y) @ self.atoms
         worst = residual.square().sum(1).topk(min(len(idle), len(y)))
         for j, row in zip(idle.tolist(), worst.indices[worst.values > 0].tolist()):
             self.atoms[j] = residual[row] / residual[row].norm()
             self.of_codes[j], self.of_codes[:, j], self.of_signals[j] = 0, 0, 0
             self.replaced += 1
         self.use.zero_()
-        self.watched, self.coded = 0, 0.0
-
-    def _first_kind(self) -> str:
-        return "l1" if self.how.warm_up > 0 else self.how.penalty
+        self.coded = 0.0
 
     def _order(self) -> list[Tensor]:
         return list(torch.randperm(len(self.x), generator=self.generator).split(self.how.batch_size))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.coding.dictionary import DictionaryLearning, Update
+from gossamer.coding.dictionary import Dictionary, DictionaryLearning, Learning, Update
 from gossamer.coding.thresholding import fitted_penalty, iterative_thresholding
 from gossamer.core.estimators import CodeTransformer, checked, drawn_seed
 
@@ -99,7 +99,34 @@ class DictionaryLearner(CodeTransformer):
             If scikit-learn refuses the data.
         """
         rows = checked(self, X, fitting=True)
-        learning = DictionaryLearning(
+        self.__dict__.pop("_learning", None)
+        return self._take(self._settings(rows).fit(rows, self._first(rows)), self.max_iter)
+
+    def partial_fit(self, X: Any, y: Any = None) -> DictionaryLearner:
+        """Go once through further rows, from the atoms and all that was in common with them so far.
+
+        Parameters
+        ----------
+        X
+            ``(n, features)``.
+        y
+            Ignored.
+
+        Raises
+        ------
+        ConfigurationError, UnknownNameError, ValueError
+            As :meth:`fit`.
+        """
+        known = hasattr(self, "components_")
+        rows = checked(self, X, fitting=not known)
+        if not hasattr(self, "_learning"):
+            first = torch.from_numpy(self.components_).to(rows.dtype) if known else self._first(rows)
+            self._learning = Learning(self._settings(rows), rows, first)
+        passes = self.n_iter_ + 1 if known else 1
+        return self._take(self._learning.more(rows.to(self._learning.atoms.dtype)), passes)
+
+    def _settings(self, rows: Tensor) -> DictionaryLearning:
+        return DictionaryLearning(
             rows.shape[1] if self.n_components is None else self.n_components,
             self.penalty,
             self.alpha if self.target_l0 is None else None,
@@ -110,11 +137,14 @@ class DictionaryLearner(CodeTransformer):
             update=self.update,
             seed=drawn_seed(self.random_state),
         )
-        first = None if self.dict_init is None else torch.as_tensor(np.array(self.dict_init), dtype=rows.dtype)
-        found = learning.fit(rows, first)
+
+    def _first(self, rows: Tensor) -> Tensor | None:
+        return None if self.dict_init is None else torch.as_tensor(np.array(self.dict_init), dtype=rows.dtype)
+
+    def _take(self, found: Dictionary, passes: int) -> DictionaryLearner:
         self.components_ = found.atoms.numpy()
         self.n_components_, self.alpha_, self.error_ = len(found.atoms), found.lam, found.error
-        self.n_iter_, self.n_steps_ = self.max_iter, len(found.error)
+        self.n_iter_, self.n_steps_ = passes, len(found.error)
         return self
 
     def _codes(self, rows: Tensor) -> Tensor:

@@ -256,6 +256,21 @@ def orientation_selectivity(atoms: Tensor) -> Tuning:
     return Tuning(response, frequencies[preferred], angles[best], variance, _half_width(response))
 
 
+def orientation_histogram(tuning: Tuning, bins: int = 8) -> Tensor:
+    """Shares of the selective units by preferred orientation, ``(bins,)``; the first bin is around 0.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no bin.
+    """
+    if bins < 1:
+        raise ConfigurationError(f"bins is {bins}; it must be 1 or more")
+    preferred = tuning.orientation[tuning.selective]
+    counts = torch.bincount((preferred * (bins / math.pi)).round().long() % bins, minlength=bins).double()
+    return counts / counts.sum().clamp(min=1)
+
+
 def _half_width(response: Tensor) -> Tensor:
     """Of the peak, where the response falls below ``1/√2`` of it on either side."""
     aligned = torch.stack([row.roll(-int(row.argmax())) for row in response])

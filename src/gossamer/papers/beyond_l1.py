@@ -18,6 +18,7 @@ from gossamer.coding.proximal_gradient import objective
 from gossamer.coding.receptive_fields import (
     gabor_fit,
     kurtosis,
+    orientation_histogram,
     orientation_selectivity,
     shape_variety,
     sparseness,
@@ -193,6 +194,7 @@ class Trial:
             "blobs": float(fit.blobs.double().mean()),
             "circular variance": float(tuning.circular_variance.median()),
             "bandwidth, degrees": float(tuning.bandwidth.rad2deg().median()),
+            "largest of 8 shares of orientations": float(orientation_histogram(tuning).max()),
             "variety": shape_variety(fit.cycles[fit.good]),
             "n_x": float(fit.cycles[fit.good][:, 0].median()) if bool(fit.good.any()) else 0.0,
             "n_y": float(fit.cycles[fit.good][:, 1].median()) if bool(fit.good.any()) else 0.0,
