@@ -62,13 +62,52 @@ inline std::int64_t best_of(float* scores, std::int32_t* places, std::int64_t co
   return left;
 }
 
+inline float score_of(std::uint32_t key) { return as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
+
+#if defined(__AVX512F__)
+inline Lanes higher(Lanes a, Lanes b) { return {_mm512_max_ps(a.r, b.r)}; }  // b where a is NaN
+#elif defined(__AVX2__)
+inline Lanes higher(Lanes a, Lanes b) { return {{_mm256_max_ps(a.r[0], b.r[0]), _mm256_max_ps(a.r[1], b.r[1])}}; }
+#else
+inline Lanes higher(Lanes a, Lanes b) {
+  for (int i = 0; i < 16; ++i) a.r[i] = a.r[i] > b.r[i] ? a.r[i] : b.r[i];
+  return a;
+}
+#endif
+
+constexpr int kColumns = 16;                 // registers of the highest of every so many-th number
+constexpr std::int64_t kGroups = 16 * kColumns;
+
+// Something that at least `wanted` scores are above: of 256 groups of them, the highest is known of each, and the
+// wanted-th of these is close to what is looked for.
+template <typename Stored>
+inline float first_limit(const void* scores, std::int64_t count, std::int64_t wanted, bool positive) {
+  const float none = positive ? 0.0f : as_float(0x7fc00000u);  // nothing is below NaN
+  if (2 * wanted > kGroups || count < 8 * kGroups) return none;
+  Lanes most[kColumns];
+  for (int column = 0; column < kColumns; ++column) most[column] = Stored::all(scores, 16 * column);
+  for (std::int64_t i = kGroups; i + kGroups <= count; i += kGroups) {
+    fetch(scores, (i + kGroups) * (kBits<Stored> / 8) + kAhead);
+    for (int column = 0; column < kColumns; ++column)
+      most[column] = higher(Stored::all(scores, i + 16 * column), most[column]);
+  }
+  float highest[kGroups];
+  std::uint32_t keys[kGroups];
+  for (int column = 0; column < kColumns; ++column) store(highest + 16 * column, most[column]);
+  for (std::int64_t i = 0; i < kGroups; ++i) keys[i] = key_of(highest[i]);
+  const std::uint32_t limit = limit_of(keys, kGroups, wanted, 22);
+  if (limit <= key_of(as_float(0xff800000u)) || limit >= 0xff800000u) return none;
+  const float below = score_of(limit == 0x80000000u ? limit - 2 : limit - 1);  // below zero, −0 is no lower
+  return positive && !(below > 0.0f) ? 0.0f : below;
+}
+
 // `keys` lie behind the spare scores.
 template <typename Stored>
 std::int64_t highest_of(const void* scores, std::int64_t count, std::int64_t wanted, bool positive, std::int32_t* indices,
                         float* values, float* spare, std::int32_t* spare_places, std::int64_t room) {
   auto* keys = reinterpret_cast<std::uint32_t*>(spare + room);
   std::int64_t held = 0;
-  Lanes limit = spread(positive ? 0.0f : as_float(0x7fc00000u));  // nothing is below NaN
+  Lanes limit = spread(first_limit<Stored>(scores, count, wanted, positive));
   const auto take = [&](Lanes here, std::uint32_t bits, std::int64_t first) {
     if (held + 16 > room) {
       held = best_of(spare, spare_places, held, wanted, keys);

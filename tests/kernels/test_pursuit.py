@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
 
 from gossamer.errors import ConfigurationError, NonFiniteError
+from gossamer.kernels import native, pursuit
 from gossamer.kernels.pursuit import matching_pursuit, orthogonal_matching_pursuit
 
 
@@ -29,6 +30,59 @@ def by_hand(signal, dictionary, k, tolerance, nonnegative):
         code[best] += common[best]
         residual = residual - common[best] * dictionary[best]
     return code, residual
+
+
+@pytest.fixture(params=["reference", *native.instruction_sets()])
+def path(request, monkeypatch):
+    """Every way in which signals are pursued on this machine, with torch alone first."""
+    if request.param == "reference":
+        monkeypatch.setattr(pursuit, "offers", lambda name: False)
+        yield request.param
+    else:
+        if not native.offers("pursuit_match"):
+            pytest.skip("the compiled kernels are older than pursuits")
+        with native.using(request.param):
+            yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("nonnegative", "gram"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("k", [3, 40])
+def test_all_ways_choose_the_same_atoms_with_the_same_gradients(path, dtype, nonnegative, gram, k):
+    x, dictionary = (part.to(dtype) for part in problem(7, signals=9, atoms=70, size=37))
+    weight = problem(8, signals=9, size=37)[0].to(dtype)
+    parts = x.requires_grad_(), dictionary.requires_grad_()
+    options = {"nonnegative": nonnegative, "gram": gram, "tolerance": 0.05}
+    found = matching_pursuit(*parts, k, **options)
+    for row, signal in enumerate(x.detach().double()):
+        code, residual = by_hand(signal, dictionary.detach().double(), k, 0.05, nonnegative)
+        torch.testing.assert_close(found.codes.to_dense()[row].double(), code, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.residual[row].double(), residual, rtol=1e-4, atol=1e-4)
+    ours = torch.autograd.grad((found.residual * weight).sum() + found.values.square().sum(), parts)
+    residual, loss = x, 0.0
+    for step in range(k):
+        atom = dictionary[found.atoms[:, step]]
+        value = (residual * atom).sum(1) * (found.values[:, step] != 0)
+        residual, loss = residual - value[:, None] * atom, loss + value.square().sum()
+    theirs = torch.autograd.grad((residual * weight).sum() + loss, parts)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tolerance", [0.0, 4.5])
+def test_all_ways_pursue_orthogonally(path, dtype, tolerance):
+    x, dictionary = (part.to(dtype) for part in problem(9, signals=8, atoms=130, size=40))
+    found = orthogonal_matching_pursuit(x, dictionary, 6, tolerance=tolerance)
+    arguments = {"tol": tolerance**2} if tolerance else {"n_nonzero_coefs": 6}
+    wanted = torch.zeros(8, 130, dtype=torch.float64)
+    for row, signal in enumerate(x.double()):
+        chosen = orthogonal_mp(dictionary.double().T.numpy(), signal.numpy(), **arguments)
+        wanted[row] = torch.from_numpy(chosen)
+    enough = (wanted != 0).sum(1) <= 6
+    assert bool(enough.any())
+    dense = found.codes.to_dense().double()
+    torch.testing.assert_close(dense[enough], wanted[enough], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.residual.double(), x.double() - dense @ dictionary.double(), rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,8 +145,8 @@ def test_orthogonal_pursuit_is_scikit_learn_s(seed, k):
 def test_signals_are_done_when_they_are_explained():
     dictionary = problem(1)[1]
     exact = dictionary[:3] * 2
-    for pursuit in (matching_pursuit, orthogonal_matching_pursuit):
-        found = pursuit(exact, dictionary, 4, tolerance=1e-9)
+    for pursue in (matching_pursuit, orthogonal_matching_pursuit):
+        found = pursue(exact, dictionary, 4, tolerance=1e-9)
         assert found.codes.counts.tolist() == [1, 1, 1]
     assert matching_pursuit(torch.zeros(2, 5, dtype=torch.float64), dictionary, 3).codes.counts.tolist() == [0, 0]
 
