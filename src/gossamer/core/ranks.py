@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gossamer.core.sparse_weight import SparseWeight
+from gossamer.errors import ConfigurationError
 
 
 def ranks() -> int:
     """How many processes train the same model together."""
     return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def rank() -> int:
+    """Which of these processes this is; 0 where there is but one."""
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def own_share(rows: Tensor) -> Tensor:
+    """The rows of this process, where every process holds the same batch.
+
+    Raises
+    ------
+    ConfigurationError
+        If they cannot be divided equally.
+    """
+    if len(rows) % ranks():
+        raise ConfigurationError(
+            f"{len(rows)} rows cannot be divided among {ranks()} processes; choose a multiple for the batch size"
+        )
+    return rows.tensor_split(ranks())[rank()]
 
 
 def same_everywhere(mask: Tensor) -> Tensor:
@@ -78,6 +101,23 @@ def average_(gradient: Tensor) -> Tensor:
         torch.distributed.all_reduce(gradient)
         gradient /= ranks()
     return gradient
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all ranks; `value` is not changed."""
+    if ranks() == 1:
+        return value
+    total = value.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def take_from_first_(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by those of the first rank."""
+    if ranks() > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
 
 
 def _distributed() -> bool:

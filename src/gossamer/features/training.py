@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.progress import track
+from gossamer.core.ranks import average_, own_share, rank, ranks, summed, take_from_first_
 from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.features.activation_rules import JumpReLU
 from gossamer.features.dictionary_adam import DictionaryAdam
@@ -176,17 +178,33 @@ class Learner:
         # in units of the scaled activations, so that rates and weights mean the same for every model
         loss = self._reconstruction(x, explained) * self.sae.scale**2 / self.sae.d_in
         loss = loss + self._penalty(number, x, explained, gradient) + self._auxiliary(number, x, explained)
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"the loss is {float(loss)} at step {number}; lower the learning rate")
+        mean = float(average_(loss.detach().clone()))
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"the loss is {mean} at step {number}; lower the learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._agree()
         if self.settings.clip is not None:
             self.sae.straighten_gradient_()
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.settings.clip)
         self.optimizer.step()
-        noted = self._note(number, x, explained, float(loss.detach()))
+        noted = self._note(number, x, explained, mean)
         self._resample(number, x, explained)
         return noted
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Gradients, and what a rule has learned from a batch, averaged over the processes."""
+        if ranks() > 1:
+            for parameter in self.sae.parameters():
+                if parameter.grad is not None:
+                    average_(parameter.grad)
+            learned = list(self.sae.activation.buffers())
+            for buffer in learned:
+                if buffer.is_floating_point():
+                    count = summed((~buffer.isnan()).to(buffer.dtype))  # what no process knows yet stays unknown
+                    buffer.copy_(summed(buffer.nan_to_num(0.0)) / count)
+            take_from_first_(learned)
 
     def _reconstruction(self, x: Tensor, explained: Explained) -> Tensor:
         if not self.settings.prefixes:
@@ -199,6 +217,9 @@ class Learner:
             dead = self.dead
             resample_(self.sae, dead, x, explained.output, self.optimizer, seed=settings.seed * 1_000_003 + number)
             self.silent[dead] = 0
+            # each has drawn from its own activations
+            memory = (part for state in self.optimizer.state.values() for part in state.values())
+            take_from_first_((*self.sae.state_dict().values(), *memory))
 
     def _penalty(self, number: int, x: Tensor, explained: Explained, gradient: Tensor | None) -> Tensor | float:
         if not self.settings.sparsity:
@@ -229,17 +250,18 @@ class Learner:
     @torch.no_grad()
     def _note(self, number: int, x: Tensor, explained: Explained, loss: float) -> dict[str, float]:
         codes = explained.codes
-        active = torch.bincount(codes.indices[codes.values > 0], minlength=codes.width)
+        active = summed(torch.bincount(codes.indices[codes.values > 0], minlength=codes.width))
+        tokens = len(x) * ranks()
         memory = self.settings.memory
         known = memory if number else 0.0
-        self.density.mul_(known).add_(active.float() / len(x), alpha=1 - known)
-        self.silent = torch.where(active > 0, 0, self.silent + len(x))
-        unexplained = unexplained_variance(explained.output, x)
+        self.density.mul_(known).add_(active.float() / tokens, alpha=1 - known)
+        self.silent = torch.where(active > 0, 0, self.silent + tokens)
+        unexplained = average_(torch.as_tensor(unexplained_variance(explained.output, x)).clone())
         return {
             "step": float(number),
             "loss": loss,
             "unexplained": float(unexplained),
-            "active": float(active.sum()) / len(x),
+            "active": float(active.sum()) / tokens,
             "dead": float(self.dead.sum()),
         }
 
@@ -288,6 +310,9 @@ def train(
 ) -> dict[str, Learner]:
     """Train autoencoders on the same batches.
 
+    Under ``torchrun``, with ``torch.distributed`` initialised, every process reads the same batches and learns from its
+    share of each; rules that look at a whole batch then look at this share.
+
     Parameters
     ----------
     saes
@@ -333,13 +358,15 @@ def train(
     file = None if checkpoint is None else Path(checkpoint)
     begin = _resumed(file, learners) if file is not None and file.exists() else 0
     stream = batches(begin)
-    for number in track(range(begin, steps.pop()), "training features", enabled=progress):
+    for number in track(range(begin, steps.pop()), "training features", enabled=progress and rank() == 0):
         batch = next(stream)
         x, gradient = batch if isinstance(batch, tuple) else (batch, None)
+        own, own_gradient = own_share(x), None if gradient is None else own_share(gradient)
         for learner in learners.values():
             if number == 0:
                 learner.sae.prepare(x)
-            noted = learner.step(number, x, gradient)
+                take_from_first_(learner.sae.state_dict().values())
+            noted = learner.step(number, own, own_gradient)
             if number % log_every == 0:
                 learner.history.append(noted)
         if file is not None and (number + 1) % every == 0:
@@ -350,9 +377,12 @@ def train(
 
 
 def _keep(file: Path, done: int, learners: Mapping[str, Learner]) -> None:
-    states = {name: learner.state_dict() for name, learner in learners.items()}
-    with atomic_file(file) as part:
-        torch.save({"version": _VERSION, "done": done, "learners": states}, part)
+    if rank() == 0:
+        states = {name: learner.state_dict() for name, learner in learners.items()}
+        with atomic_file(file) as part:
+            torch.save({"version": _VERSION, "done": done, "learners": states}, part)
+    if ranks() > 1:
+        torch.distributed.barrier()
 
 
 def _resumed(file: Path, learners: Mapping[str, Learner]) -> int:
