@@ -39,11 +39,11 @@ NAMES = {SOFT: "soft (ℓ1)", HARD: "hard (ℓ0)", HALF: "half (ℓ1/2)", RELAXE
 
 QUICK: dict[str, Any] = {
     "side": 12,
-    "training": 20_000,
+    "training": 12_000,
     "held_out": 1500,
-    "epochs": 6,
-    "batch_size": 512,
-    "coding_iter": 50,
+    "epochs": 5,
+    "batch_size": 256,
+    "coding_iter": 40,
     "test_iter": 200,
     "target_l0": 8,
     "curve": [2, 4, 8, 16],
@@ -56,6 +56,7 @@ FULL: dict[str, Any] = {
     "training": 100_000,
     "held_out": 10_000,
     "epochs": 20,
+    "batch_size": 512,
     "coding_iter": 100,
     "test_iter": 300,
     "curve": [1, 2, 4, 8, 16, 32],
