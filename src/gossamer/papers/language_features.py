@@ -50,7 +50,10 @@ class Source:
     documents, held_out
         Windows of text to train on, and to judge by; together they do not overlap.
     length
-        Tokens of a document. The first is left out of the stores.
+        Tokens of a document.
+    skip_first
+        Tokens at the beginning of a document that are left out of the stores and never replaced: attention rests on
+        one of them, whose activation is a hundred times larger than all others.
     gradients
         Whether gradients of the model's loss are captured too.
     seed
@@ -63,6 +66,7 @@ class Source:
     documents: int = 256
     held_out: int = 24
     length: int = 256
+    skip_first: int = 4
     gradients: bool = True
     seed: int = 0
 
@@ -110,7 +114,8 @@ class LanguageFeatures:
 
     def splice(self, saes: Mapping[str, SAE], documents: int | None = None) -> dict[str, SpliceReport]:
         """What the model loses with each autoencoder in its place, on the first held-out documents."""
-        return evaluate_splices(self.model, self.site, saes, self.held_out_documents[:documents], progress=False)
+        texts, skip = self.held_out_documents[:documents], self.training.facts.skipped
+        return evaluate_splices(self.model, self.site, saes, texts, skip, progress=False)
 
     def reference_sae(
         self, n_features: int = 4096, k: int = 32, steps: int = 2000, batch_size: int = 1024, seed: int = 0
@@ -141,14 +146,22 @@ def language_features(source: Source = Source(), progress: bool = False) -> Lang
     """
     loaded = load(source.model, dtype="float32")
     site = source.site if source.site is not None else len(find_stacks(loaded.model)[0].blocks) // 2
-    name, _ = find_site(loaded.model, site)
+    name = find_site(loaded.model, site)[0]
     training, held_out = documents_of(source, loaded.tokenizer)
     folder = cache_directory() / "features" / f"{source.model.replace('/', '-')}-{name}-{source.fingerprint()}"
     stores = []
     for part, texts in (("training", training), ("held-out", held_out)):
         with locked(folder / part):
             stores.append(
-                capture(loaded.model, texts, name, folder / part, progress=progress, gradients=source.gradients)
+                capture(
+                    loaded.model,
+                    texts,
+                    name,
+                    folder / part,
+                    skip_first=source.skip_first,
+                    progress=progress,
+                    gradients=source.gradients,
+                )
             )
     return LanguageFeatures(loaded.model, loaded.tokenizer, name, *stores, training, held_out, folder)
 
