@@ -42,14 +42,16 @@ from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.language_features import LanguageFeatures, language_features, locked
 from gossamer.papers.planted_latents import NARROW, PLANTED, SPECIFIC, TOPIC, TOPICAL, UNEVEN, planted
 from gossamer.papers.results import Verdict
-from gossamer.papers.statistics import Interval, mean_interval
+from gossamer.papers.statistics import Interval, bootstrap_interval, mean_interval
 
 SEPARATED = 0.9  # area under the curve of true over others' explanations that planted latents must reach
+CERTAIN = 0.01  # p-value of a one-sided test by flipping signs
 SAES, NEURONS, RANDOM = "SAE latents", "top-k neurons", "random directions"
 NEEDED = ("detection", "fuzzing", "simulation", "embedding", "surprisal")
+_NOTHING = "nothing"  # the explanation of a latent that promotes no word
 _ROWS = 4096  # encoded at a time
 _LEAST_PLANTED = 10  # windows of a planted latent: what it means is known, however rare
-BY_MODEL = ("detection by the model", "fuzzing by the model")
+BY_MODEL = ("detection by the model", "fuzzing by the model", "surprisal of the model's explanations")
 
 QUICK: dict[str, Any] = {
     "documents": 160,
@@ -58,12 +60,12 @@ QUICK: dict[str, Any] = {
     "steps": 600,
     "batch": 512,
     "latents": 24,
-    "asked": 8,
-    "judged": 4,
-    "steered": 5,
-    "contexts": 8,
+    "asked": 12,
+    "judged": 3,
+    "steered": 6,
+    "contexts": 6,
     "candidates": 2,
-    "examples": {"n_train": 20, "n_test": 20, "n_negatives": 20, "n_contrast": 10, "quantiles": 5, "least": 40},
+    "examples": {"n_train": 40, "n_test": 20, "n_negatives": 20, "n_contrast": 20, "quantiles": 5, "least": 80},
     "asked_windows": 8,
 }
 FULL: dict[str, Any] = {
@@ -196,11 +198,9 @@ def _by_the_model(features: LanguageFeatures, small: Any, asked: Any, seed: int)
     explainer = PromptedExplainer(client, windows=8, max_tokens=40)
     pairs = _explained(explainer, [record for record, _ in asked])
     judge = PromptedJudge(client)
-    scorers = {BY_MODEL[0]: DetectionScorer(judge), BY_MODEL[1]: FuzzingScorer(judge, seed=seed)}
-    found: dict[str, Any] = {name: _against_others(scorer, pairs) for name, scorer in scorers.items()}
-    found["surprisal of the model's explanations"] = _against_others(
-        SurprisalScorer(small.model, small.tokenizer), pairs
-    )
+    surprisal = SurprisalScorer(small.model, small.tokenizer)
+    scorers = (DetectionScorer(judge), FuzzingScorer(judge, seed=seed), surprisal)
+    found: dict[str, Any] = {name: _against_others(scorer, pairs) for name, scorer in zip(BY_MODEL, scorers)}
     found["explanations of the model"] = [[record.latent, said] for record, said in pairs]
     return found
 
@@ -231,8 +231,8 @@ def _interventions(
             small.model, small.tokenizer, features.site, coder, contexts=settings["contexts"], seed=seed
         )
         explainer = OutputExplainer(scorer, candidates=settings["candidates"], contexts=settings["contexts"])
-        best = [scorer.best(record, said)[1] for record in chosen if (said := explainer.explanations(record))]
-        found[name] = [score.value for score in best if score.value is not None]
+        best = [scorer.best(record, explainer.explanations(record) or [_NOTHING])[1] for record in chosen]
+        found[name] = [float(score.value or 0.0) for score in best]
         found[f"divergence of {name}"] = [score.facts["divergence"] for score in best]
     return found
 
@@ -274,14 +274,14 @@ def _planted(features: LanguageFeatures, settings: dict[str, Any], seed: int) ->
 
 
 def decide(observations: list[Observation]) -> Verdict:
-    """Intervals over seeds; p-values over the latents of all seeds."""
+    """Intervals over seeds for what is one number a seed; tests over the latents of all seeds for what is many."""
     if len(observations) < 2:
         return Verdict("inconclusive", "one seed gives no interval; run at least two", {})
 
     def over_seeds(value: Callable[[Observation], float]) -> Interval:
         return mean_interval([value(o) for o in observations])
 
-    needed = {
+    intervals = {
         f"planted: area of true over others − {SEPARATED}": over_seeds(
             lambda o: min(o["planted"]["separation"].values()) - SEPARATED
         ),
@@ -291,53 +291,65 @@ def decide(observations: list[Observation]) -> Verdict:
         "planted: too narrow, strongest − all strengths": over_seeds(
             lambda o: o["planted"]["narrow, strongest"] - o["planted"]["narrow, all strengths"]
         ),
-        **{f"{name}: true − other": over_seeds(lambda o, name=name: _gap(o, name)) for name in NEEDED},
         "fuzzing: SAE latents − top-k neurons": over_seeds(lambda o: _fuzz(o, SAES) - _fuzz(o, NEURONS)),
         "fuzzing: SAE latents − random directions": over_seeds(lambda o: _fuzz(o, SAES) - _fuzz(o, RANDOM)),
-        "intervention: SAE latents − random directions, nats": over_seeds(
-            lambda o: float(np.mean(o["intervention"][SAES]) - np.mean(o["intervention"][RANDOM]))
-        ),
     }
-    numbers: dict[str, Interval | float] = {**needed}
-    for name in (*NEEDED, *BY_MODEL, "surprisal of the model's explanations"):
-        if all(o["scores"][name]["true"] for o in observations):
-            numbers |= _described(observations, name)
-    for name in (SAES, NEURONS, RANDOM):
-        numbers[f"fuzzing: {name}"] = float(np.mean([_fuzz(o, name) for o in observations]))
-    for name, values in observations[0]["intervention"].items():
-        if values:
-            numbers[f"intervention: {name}"] = float(
-                np.mean([v for o in observations for v in o["intervention"][name]])
-            )
-    wrong = [name for name, value in needed.items() if value.below_zero]
-    open_ = [name for name, value in needed.items() if not value.above_zero]
+    steered = (_pooled(observations, "intervention", SAES), _pooled(observations, "intervention", RANDOM))
+    tests = {
+        **{f"{name}: true − other": _differences(observations, name) for name in NEEDED},
+        "intervention: SAE latents − random directions, nats": np.subtract(*steered),
+    }
+    numbers: dict[str, Interval | float] = {**intervals}
+    for name, differences in tests.items():
+        numbers |= {name: bootstrap_interval(differences), f"{name}, p": paired_p_value(differences)}
+        numbers[f"{name}, latents"] = len(differences)
+    numbers |= _means(observations)
+    wrong = [name for name, value in intervals.items() if value.below_zero]
+    wrong += [name for name, differences in tests.items() if paired_p_value(-differences) < CERTAIN]
+    open_ = [name for name, value in intervals.items() if not value.above_zero]
+    open_ += [name for name, differences in tests.items() if paired_p_value(differences) >= CERTAIN]
     if wrong:
         return Verdict("does not hold", f"reversed: {'; '.join(wrong)}", numbers)
     if open_:
-        return Verdict("inconclusive", f"the interval reaches across zero: {'; '.join(open_)}", numbers)
+        return Verdict("inconclusive", f"not certain: {'; '.join(open_)}", numbers)
     return Verdict(
         "holds", "all scores know true explanations, and latents are clearer than what they replace", numbers
     )
 
 
-def _gap(observation: Observation, name: str) -> float:
-    marks = observation["scores"][name]
-    return float(np.mean(marks["true"]) - np.mean(marks["other"]))
+def _pooled(observations: list[Observation], *path: str) -> np.ndarray:
+    """Values of the latents of all seeds."""
+    found: list[float] = []
+    for part in observations:
+        for key in path:
+            part = part[key]
+        found += part
+    return np.array(found)
+
+
+def _differences(observations: list[Observation], name: str) -> np.ndarray:
+    """Score of the true explanation − score of another's, of every latent of all seeds."""
+    return _pooled(observations, "scores", name, "true") - _pooled(observations, "scores", name, "other")
+
+
+def _means(observations: list[Observation]) -> dict[str, float]:
+    """Over the latents of all seeds; what the demo model says decides nothing and has its p-values here."""
+    found: dict[str, float] = {}
+    for name in (*NEEDED, *BY_MODEL):
+        for part in ("true", "other"):
+            values = _pooled(observations, "scores", name, part)
+            if len(values):
+                found[f"{name}, {part} explanations"] = float(values.mean())
+        if name in BY_MODEL and len(values):
+            found[f"{name}: true − other, p"] = paired_p_value(_differences(observations, name))
+    for kind in ("fuzzing", "intervention"):
+        for name in observations[0][kind]:
+            found[f"{kind}: {name}"] = float(_pooled(observations, kind, name).mean())
+    return found
 
 
 def _fuzz(observation: Observation, name: str) -> float:
     return float(np.mean(observation["fuzzing"][name]))
-
-
-def _described(observations: list[Observation], name: str) -> dict[str, float]:
-    """Means over the latents of all seeds, and the p-value of their difference."""
-    true, other = ([v for o in observations for v in o["scores"][name][part]] for part in ("true", "other"))
-    return {
-        f"{name}: true explanations": float(np.mean(true)),
-        f"{name}: others' explanations": float(np.mean(other)),
-        f"{name}: latents": float(len(true)),
-        f"{name}: p of no difference": paired_p_value(np.subtract(true, other).tolist()),
-    }
 
 
 experiment = Experiment(
@@ -348,13 +360,14 @@ experiment = Experiment(
         "autoencoder are clearer than neurons, even neurons of which only the strongest count."
     ),
     rule=(
-        "holds if, in 95 % intervals over seeds, (1) on planted latents every scorer sets true above other "
-        "explanations with an area above 0.9, neighbours as negatives lower the score of a too wide explanation, and "
-        "the strongest windows alone overrate a too narrow one; (2) on latents of a real model detection, fuzzing and "
+        "holds if (1) on planted latents every scorer sets true above other explanations with an area above 0.9, "
+        "neighbours as negatives lower the score of a too wide explanation, and the strongest windows alone overrate a "
+        "too narrow one, in 95 % intervals over seeds; (2) on latents of a real model detection, fuzzing and "
         "simulation without a language model, embedding and surprisal score true explanations above those of other "
-        "latents; (3) fuzzing scores SAE latents above top-k neurons and above random directions; (4) interventions "
-        "score SAE latents above random directions of the same divergence. Does not hold if one of these is wholly "
-        "reversed. What the 135M demo model says as explainer and judge is reported beside it and decides nothing"
+        "latents, p < 0.01 over the latents of all seeds; (3) fuzzing scores SAE latents above top-k neurons and above "
+        "random directions, in 95 % intervals over seeds; (4) interventions score SAE latents above random directions "
+        "of the same divergence, p < 0.01. Does not hold if one of these is as surely reversed. What the 135M demo "
+        "model says as explainer and judge is reported beside it and decides nothing"
     ),
     run=run,
     decide=decide,

@@ -206,7 +206,7 @@ def test_intervention_score_is_the_drop_of_the_explanations_surprise(builder, sc
     assert score.count == 6
     assert score.low <= score.value <= score.high
     assert score.facts["divergence"] == pytest.approx(0.005, rel=0.2)
-    _, clean, steered = scorer._texts(record)
+    clean, steered = scorer._texts(record)
     beginning, told = scorer._ids(prompts.passage_beginning()), scorer._ids('old whale"')
 
     def loss(passage):

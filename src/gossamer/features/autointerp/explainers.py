@@ -15,6 +15,8 @@ from gossamer.features.autointerp.examples import LatentRecord
 from gossamer.features.autointerp.predicates import KINDS, Clause, Predicate, plain
 from gossamer.features.autointerp.windows import Window
 
+_LEAST = 2  # activations of a word in a list
+
 
 class Explainer(Protocol):
     """Says in words what a latent responds to."""
@@ -139,6 +141,8 @@ class TokenExplainer:
         """The best list of words: those by which F1 rises, the surest first."""
         total = Counter(column)
         active = Counter(word for word, true in zip(column, truth) if true and word)
+        # a word that was active once tells nothing
+        active = Counter({word: count for word, count in active.items() if count >= _LEAST})
         surest = sorted(active, key=lambda word: (-active[word] / (total[word] + 1), -active[word], word))
         words: list[str] = []
         hits = said = 0

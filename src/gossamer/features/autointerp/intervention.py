@@ -95,11 +95,12 @@ class InterventionScorer:
         self.target, self.ablate, self.contexts, self.tokens = divergence, ablate, contexts, tokens
         self.tries, self.seed = tries, seed
         self._reader = EndingReader(self.judge, batch)
-        self._passages: dict[int, tuple[Tuned, list[str], list[str]]] = {}
+        self._tuned: dict[int, Tuned] = {}
+        self._passages: dict[int, tuple[list[str], list[str]]] = {}
 
     def score(self, record: LatentRecord, explanation: str) -> Score:
         """Of one explanation of what the latent does."""
-        tuned, clean, steered = self._texts(record)
+        tuned, (clean, steered) = self.tuned(record), self._texts(record)
         gains = self._losses(clean, explanation) - self._losses(steered, explanation)
         low, high = mean_interval(gains) or (None, None)
         facts = {"strength": tuned.strength, "divergence": tuned.divergence, "tries": tuned.tries}
@@ -119,19 +120,27 @@ class InterventionScorer:
         """The latent of a record in the model."""
         return Steering(self.model, self.site, self.sae, record.latent)
 
-    def _texts(self, record: LatentRecord) -> tuple[Tuned, list[str], list[str]]:
-        """Strength, and passages with clean and with steered endings."""
+    def tuned(self, record: LatentRecord) -> Tuned:
+        """The strength that has the wanted divergence on the texts to test on; found once."""
+        if record.latent not in self._tuned:
+            steering, before = self.steering(record), contexts(record.test, self.contexts)
+            self._tuned[record.latent] = (
+                steering.silenced(before) if self.ablate else steering.tuned(before, self.target, self.tries)
+            )
+        return self._tuned[record.latent]
+
+    def _texts(self, record: LatentRecord) -> tuple[list[str], list[str]]:
+        """Passages with clean and with steered endings; made once."""
         if record.latent not in self._passages:
             steering, before = self.steering(record), contexts(record.test, self.contexts)
-            tuned = steering.silenced(before) if self.ablate else steering.tuned(before, self.target, self.tries)
-            passages = [
+            clean, steered = (
                 [prompts.passage(self._text(ids), self._text(more)) for ids, more in zip(before, endings)]
                 for endings in (
                     steering.continued(before, 0.0, self.tokens, self.seed),
-                    steering.continued(before, tuned.strength, self.tokens, self.seed),
+                    steering.continued(before, self.tuned(record).strength, self.tokens, self.seed),
                 )
-            ]
-            self._passages[record.latent] = (tuned, *passages)
+            )
+            self._passages[record.latent] = (clean, steered)
         return self._passages[record.latent]
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -194,11 +203,9 @@ class OutputExplainer:
         return list(dict.fromkeys(said for reply in found if (said := prompts.read_explanation(reply))))
 
     def cases(self, record: LatentRecord) -> list[prompts.Promoted]:
-        """Texts to explain by, with what is promoted behind each."""
+        """Texts to explain by, with what is promoted behind each by the strength that is tested."""
         steering, before = self.scorer.steering(record), contexts(record.train, self.contexts)
-        ablate = self.scorer.ablate
-        strength = None if ablate else steering.tuned(before, self.scorer.target, self.scorer.tries).strength
-        promoted = steering.promoted(before, strength, self.top)
+        promoted = steering.promoted(before, self.scorer.tuned(record).strength, self.top)
         decode = self.scorer.tokenizer.decode
         return [
             (decode(ids), [decode([token]) for token, _ in risen], [gain for _, gain in risen])

@@ -112,21 +112,24 @@ class EndingReader:
 
     def _remember(self, beginning: list[int]) -> None:
         """Have the cache hold the beginning and nothing else."""
-        known = shared_beginning([self._ids, beginning]) if self._cache is not None else 0
-        if known < len(self._ids):
-            # models that cannot forget a part begin again
-            known = known if known and _cropped(self._cache, known) else 0
-        if known == 0:
-            self._cache = None
+        known, cache = self._kept(beginning)
+        self._ids, self._cache = [], None  # until all is read, so that an interruption leaves nothing half read
         if known < len(beginning):
             ids = torch.tensor([beginning[known:]], device=model_device(self.model))
-            read: Any = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-            self._cache = getattr(read, "past_key_values", None)
-            if self._cache is None:
+            read: Any = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = getattr(read, "past_key_values", None)
+            if cache is None:
                 raise ModelError(
                     f"{type(self.model).__name__} keeps no cache of what it has read; use a causal language model"
                 )
-        self._ids = beginning
+        self._ids, self._cache = beginning, cache
+
+    def _kept(self, beginning: list[int]) -> tuple[int, Any]:
+        """How much of the beginning is known, and the cache of just that; models that cannot forget begin again."""
+        known = shared_beginning([self._ids, beginning]) if self._cache is not None else 0
+        if known == 0 or (known < len(self._ids) and not _cropped(self._cache, known)):
+            return 0, None
+        return known, self._cache
 
 
 def _check(endings: Sequence[Ids]) -> None:
