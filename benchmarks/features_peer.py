@@ -35,9 +35,12 @@ class FeaturePeer(Peer):
         super().__init__(python, __file__, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)})
         self.versions: dict[str, str] = self.ask(threads=threads)["versions"]
 
-    def autoencoder(self, library: str, size: int, features: int, k: int, batch: int, steps: int = 1000) -> None:
+    def autoencoder(
+        self, library: str, size: int, features: int, k: int, batch: int, steps: int = 1000, rate: float = 3e-4
+    ) -> None:
         """Make a TopK autoencoder with the trainer of a library."""
-        self.ask(do="autoencoder", library=library, size=size, features=features, k=k, batch=batch, steps=steps)
+        shape = {"size": size, "features": features, "k": k}
+        self.ask(do="autoencoder", library=library, batch=batch, steps=steps, rate=rate, **shape)
 
     def load(self, **files: Path) -> None:
         """Read arrays by name."""
@@ -61,8 +64,8 @@ def _sae_lens(request: dict[str, Any]) -> tuple[Callable[[Any], Any], Any]:
     settings = SAETrainerConfig(
         total_training_samples=samples,
         train_batch_size_samples=request["batch"],
-        lr=request.get("rate", 3e-4),
-        lr_end=request.get("rate", 3e-4) / 10,
+        lr=request["rate"],
+        lr_end=request["rate"] / 10,
         lr_warm_up_steps=request["steps"] // 100,
         lr_decay_steps=request["steps"] // 5,
         logger=LoggingConfig(log_to_wandb=False),
