@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gossamer.errors import CheckpointError, ConfigurationError, OutputError
 from gossamer.features.activation_rules import FeatureChoice, GradientTopK, JumpReLU, MutualChoice, ReLU, TopK
+from gossamer.features.matching_pursuit import MatchingPursuitSAE
 from gossamer.features.sae import SAE
 from gossamer.features.saelens_format import load_saelens, save_saelens
 
@@ -96,7 +97,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     cases = [
         ({"architecture": "gated"}, "architecture 'gated'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
-        ({"d_sae": 41}, r"W_enc is \(12, 40\) instead of \(12, 41\)"),
+        ({"d_sae": 41}, r"W_dec is \(40, 12\) instead of \(41, 12\)"),
         ({"metadata": {"gossamer": {"version": 2}}}, "update gossamer"),
     ]
     for change, message in cases:
@@ -125,3 +126,36 @@ def test_the_library_reads_ours_and_we_read_what_it_writes(name, tmp_path):
     theirs.save_model(tmp_path / "back")
     again, _ = load_saelens(tmp_path / "back")
     torch.testing.assert_close(again(x).output, sae(x).output, rtol=1e-4, atol=1e-4)
+
+
+def pursuing(**options):
+    sae = MatchingPursuitSAE(12, 40, **{"k": 5, **options}, seed=1)
+    sae.prepare(activations(0, 500))
+    return sae.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"tolerance": 6.0}, {"k": 30, "stop_on_repeat": True}, {"bias": False}])
+def test_a_pursuit_is_written_with_directions_of_length_one(options, tmp_path):
+    sae, x = pursuing(**options), activations(99)
+    save_saelens(sae, tmp_path / "sae")
+    again, _ = load_saelens(tmp_path / "sae")
+    torch.testing.assert_close(again.encode(x).to_dense(), sae.encode(x).to_dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again(x).output, sae(x).output, rtol=1e-4, atol=1e-4)
+    w = load_file(tmp_path / "sae/sae_weights.safetensors")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    residual, chosen = x - w["b_dec"], torch.zeros(len(x), 40)
+    going = torch.ones(len(x), dtype=torch.bool)
+    for _ in range(config["max_iterations"]):
+        value, best = (residual @ w["W_dec"].T).relu().max(1)
+        before = chosen.clone()
+        chosen[going, best[going]] += value[going]
+        residual = torch.where(going[:, None], residual - value[:, None] * w["W_dec"][best], residual)
+        if config["stop_on_duplicate_support"]:
+            going = going & ((chosen != 0) != (before != 0)).any(1)
+        going = going & (residual.norm(dim=1) >= config["residual_threshold"])
+    torch.testing.assert_close(chosen, sae.encode(x).to_dense() / sae.scale, rtol=1e-3, atol=1e-3)
+
+
+def test_what_saelens_has_no_pursuit_for_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="orthogonal"):
+        save_saelens(pursuing(pursuit="omp"), tmp_path / "sae")

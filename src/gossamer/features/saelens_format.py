@@ -29,11 +29,14 @@ from gossamer.features.activation_rules import (
     ReLU,
     TopK,
 )
+from gossamer.features.matching_pursuit import MatchingPursuit, MatchingPursuitSAE
+from gossamer.features.phased_choice import PhasedChoice
 from gossamer.features.sae import SAE
 from gossamer.storage.atomic import atomic_directory
 
 _CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _VERSION = 1
+_PURSUIT = "matching_pursuit"
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -46,7 +49,8 @@ def save_saelens(
     ----------
     sae
         With :class:`TopK` and :class:`GradientTopK` it becomes a ``topk``, with :class:`ReLU` a ``standard`` one, with
-        all others, by their thresholds, a ``jumprelu``.
+        all others, by their thresholds, a ``jumprelu``. A :class:`MatchingPursuitSAE` becomes a ``matching_pursuit``
+        one, whose values are ours divided by the scale, for its features must have the length one.
     directory
         Where.
     metadata
@@ -57,7 +61,7 @@ def save_saelens(
     Raises
     ------
     ConfigurationError
-        If the rule has no thresholds yet.
+        If the rule has no thresholds yet, or is an orthogonal pursuit.
     OutputError
         If the directory is in use or cannot be written.
     """
@@ -78,7 +82,14 @@ def save_saelens(
         "reshape_activations": "none",
     }
     rule = sae.activation
-    if isinstance(rule, TopK | GradientTopK):
+    if isinstance(rule, MatchingPursuit):
+        if rule.pursuit != "mp":
+            raise ConfigurationError("an orthogonal pursuit cannot be written: SAELens has none")
+        del weights["W_enc"], weights["b_enc"]
+        weights["W_dec"] = sae.decoder.detach()
+        stops = {"stop_on_duplicate_support": rule.stop_on_repeat, "residual_threshold": rule.tolerance}
+        config |= {"architecture": _PURSUIT, "max_iterations": rule.k, **stops}
+    elif isinstance(rule, TopK | GradientTopK):
         config |= {"architecture": "topk", "k": rule.k, "rescale_acts_by_decoder_norm": False}
     elif isinstance(rule, ReLU):
         config["architecture"] = "standard"
@@ -125,8 +136,27 @@ def load_saelens(directory: str | os.PathLike[str]) -> tuple[SAE, dict[str, Any]
             f"{folder} is of version {own['version']}, this gossamer reads {_VERSION}; update gossamer"
         )
     _check(folder, config, weights)
-    sae = _built(folder, config, weights, float(own.get("scale", 1.0)))
-    return sae, metadata
+    scale = float(own.get("scale", 1.0))
+    if config["architecture"] == _PURSUIT:
+        return _pursuing(config, weights, scale), metadata
+    return _built(folder, config, weights, scale), metadata
+
+
+def _pursuing(config: dict[str, Any], weights: dict[str, Tensor], scale: float) -> MatchingPursuitSAE:
+    with_bias = bool(config.get("apply_b_dec_to_input", True))  # without, theirs does not use it at all
+    sae = MatchingPursuitSAE(
+        int(config["d_in"]),
+        int(config["d_sae"]),
+        int(config.get("max_iterations") or config["d_in"]),
+        float(config.get("residual_threshold", 1e-2)),
+        with_bias,
+        stop_on_repeat=bool(config.get("stop_on_duplicate_support", True)),
+    ).to(weights["W_dec"].dtype)
+    with torch.no_grad():
+        sae.scale.fill_(scale)
+        sae.decoder.copy_(weights["W_dec"])
+        sae.bias.copy_(weights["b_dec"] * (scale if with_bias else 0.0))
+    return sae.eval()
 
 
 def _built(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], scale: float) -> SAE:
@@ -158,7 +188,9 @@ def _rule(folder: Path, config: dict[str, Any]) -> ActivationRule:
         case "jumprelu":
             return JumpReLU()
         case other:
-            raise CheckpointError(f"{folder} has architecture {other!r}; it must be topk, standard or jumprelu")
+            raise CheckpointError(
+                f"{folder} has architecture {other!r}; it must be topk, standard, jumprelu or {_PURSUIT}"
+            )
 
 
 def _check(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -170,7 +202,9 @@ def _check(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> 
         if config.get(key, usual) != usual:
             raise CheckpointError(f"{folder} wants {key} {config[key]!r}; only {usual!r} can be read")
     size, features = int(config["d_in"]), int(config["d_sae"])
-    shapes = {"W_enc": (size, features), "W_dec": (features, size), "b_enc": (features,), "b_dec": (size,)}
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (features, size), "b_dec": (size,)}
+    if config["architecture"] != _PURSUIT:
+        shapes |= {"W_enc": (size, features), "b_enc": (features,)}
     if config["architecture"] == "jumprelu":
         shapes["threshold"] = (features,)
     for name, shape in shapes.items():
@@ -181,6 +215,8 @@ def _check(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> 
 
 def _thresholds(rule: ActivationRule, features: int) -> Tensor:
     """What an affinity must exceed."""
+    if isinstance(rule, PhasedChoice):
+        return _thresholds(rule.feature if rule.feature_phase else rule.mutual, features)
     if isinstance(rule, JumpReLU):
         return rule.thresholds.detach()
     if isinstance(rule, MutualChoice):
