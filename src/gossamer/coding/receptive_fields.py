@@ -94,7 +94,7 @@ def gabor_fit(atoms: Tensor) -> GaborFits:
         If an atom holds NaN or infinity.
     """
     side = _side(atoms)
-    parts = [_fit(part.double(), side) for part in atoms.split(_CHUNK)]
+    parts = [_fit(part.double().cpu(), side) for part in atoms.split(_CHUNK)]
     return GaborFits(**{one.name: torch.cat([getattr(part, one.name) for part in parts]) for one in fields(GaborFits)})
 
 
@@ -247,7 +247,7 @@ def orientation_selectivity(atoms: Tensor) -> Tuning:
     frequencies = torch.linspace(1 / side, 0.5, _FREQUENCIES, dtype=torch.float64)
     place = torch.outer(angles.cos(), x) + torch.outer(angles.sin(), y)
     waves = torch.polar(torch.ones(()).double(), 2 * math.pi * frequencies[:, None, None] * place)
-    responses = torch.einsum("fop,ap->afo", waves, atoms.to(waves.dtype)).abs()
+    responses = torch.einsum("fop,ap->afo", waves, atoms.cpu().to(waves.dtype)).abs()
     preferred = responses.amax(2).argmax(1)
     response = responses[torch.arange(len(atoms)), preferred]
     vector = (response * torch.polar(torch.ones(()).double(), 2 * angles)).sum(1)

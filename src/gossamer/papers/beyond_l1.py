@@ -40,14 +40,14 @@ NAMES = {SOFT: "soft (ℓ1)", HARD: "hard (ℓ0)", HALF: "half (ℓ1/2)", RELAXE
 QUICK: dict[str, Any] = {
     "side": 12,
     "training": 12_000,
-    "held_out": 1500,
+    "held_out": 1000,
     "epochs": 5,
     "batch_size": 256,
     "coding_iter": 40,
-    "test_iter": 200,
+    "test_iter": 120,
     "target_l0": 8,
     "curve": [2, 4, 8, 16],
-    "sizes": {SOFT: [144, 288, 576], HARD: [144], HALF: [144], RELAXED: [36, 72, 144]},
+    "sizes": {SOFT: [144, 576], HARD: [144], HALF: [144], RELAXED: [36, 72, 144]},
     "shapes": {"units": 144, "l0": [3, 8, 24]},
     "planted": {"atoms": 128, "size": 64, "active": 5, "noise": 0.05, "signals": 1000, "basins": 40, "starts": 30},
 }
