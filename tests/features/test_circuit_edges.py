@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
-from gossamer.features.circuit_edges import acdc, acdc_scores, edge_attribution, forward_edges
+from gossamer.features.circuit_edges import acdc, acdc_scores, edge_attribution, edge_effects, forward_edges
 from gossamer.features.circuit_scores import (
     circuit_roc,
     completeness,
@@ -90,6 +90,17 @@ def test_acdc_without_tolerance_keeps_what_matters(tiny_llama, task):
     scores, runs = acdc_scores(tiny_llama, task, [1e-9, 1e9])
     assert torch.equal(scores > 0, found.heads)
     assert runs > found.runs
+
+
+def test_edges_cut_alone_agree_with_acdc_on_what_matters(tiny_llama, task):
+    effects = edge_effects(tiny_llama, task)
+    possible = forward_edges(HeadGrid.of(tiny_llama))
+    assert bool((effects[possible] >= -1e-6).all())
+    assert not effects[~possible].any()
+    # the only edges that ACDC keeps at a threshold that just one edge reaches
+    best = int(effects[:, -1].argmax())
+    kept = acdc(tiny_llama, task, float(effects.max()) * 0.99).edges
+    assert kept.sum() <= 3 or kept[best, -1]
 
 
 def test_edge_attribution_is_the_slope_of_the_metric(tiny_llama, task):

@@ -108,6 +108,20 @@ def acdc_scores(
     return scores, runs
 
 
+@torch.no_grad()
+def edge_effects(model: nn.Module, task: CircuitTask, progress: bool = False) -> Tensor:
+    """How far predictions diverge if one edge alone is cut, in nats, ``(heads, heads + 1)``: the exhaustive way."""
+    with evaluating(model):
+        cuts = _Cuts(model, task)
+        possible = forward_edges(cuts.grid)
+        effects = torch.zeros(possible.shape)
+        for writer, reader in track(possible.nonzero().tolist(), "cutting each edge", enabled=progress):
+            alone = torch.zeros_like(possible)
+            alone[writer, reader] = True
+            effects[writer, reader] = cuts.divergence(alone)
+    return effects
+
+
 class _Cuts:
     """Predictions of a model with edges cut, against those of the whole model."""
 

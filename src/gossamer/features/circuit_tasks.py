@@ -182,7 +182,9 @@ def docstring(tokenizer: Any, count: int, seed: int = 0) -> CircuitTask:
     words = single_tokens(tokenizer, _DOCSTRING_WORDS.split())
     if len(words) < 14:
         raise CalibrationError(f"only {len(words)} argument names are single tokens; the task needs 14")
-    positive, negative, right, wrong = [], [], [], []
+    positive: list[Tensor] = []
+    negative: list[Tensor] = []
+    right, wrong = [], []
     for _ in range(count):
         drawn = [str(word) for word in rng.choice(list(words), 14, replace=False)]
         title, arguments, others, text = drawn[0], drawn[1:5], drawn[5:7], drawn[7:]

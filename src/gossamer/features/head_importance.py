@@ -5,9 +5,7 @@ All give one number a head, ``(heads,)``, the higher the more the head matters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,8 @@ from gossamer.core.randomness import generator_for
 from gossamer.errors import ConfigurationError
 from gossamer.features.circuit_tasks import CircuitTask
 from gossamer.features.heads import HeadGrid, by_length, evaluating, gated_heads, last_logits, watched
-from gossamer.models.blocks import find_stacks, run_batch
+from gossamer.features.replay import Replay
+from gossamer.models.blocks import run_batch
 
 _STRETCH = (-0.1, 1.1)  # of a hard concrete gate, so that zeros and ones are exact
 _TEMPERATURE = 2 / 3
@@ -44,19 +43,18 @@ def ablation_effects(model: nn.Module, task: CircuitTask, means: Sequence[Tensor
         If the model does not solve the task at all.
     """
     grid = HeadGrid.of(model)
-    blocks = [_block_of(model, layer.name) for layer in grid.layers]
     batches = by_length(task.positive)
     metric, whole = torch.zeros(len(grid)), 0.0
     bar = iter(track(range(len(batches) * len(grid)), "ablating heads", enabled=progress))
     with evaluating(model), torch.no_grad():
         for rows, tokens in batches:
-            earlier, logits = _recorded(model, blocks, tokens)
-            whole += float(task.score(logits, rows).sum())
+            replay = Replay(model, tokens)
+            whole += float(task.score(replay.logits, rows).sum())
             for head, (layer, _) in enumerate(grid.names):
                 next(bar)
                 gates = torch.ones(len(grid))
                 gates[head] = 0
-                with _replayed(blocks[:layer], earlier), gated_heads(model, gates, means):
+                with replay.skipping(replay.before(grid.layers[layer].name)), gated_heads(model, gates, means):
                     metric[head] += task.score(last_logits(model, tokens), rows).sum()
     next(bar, None)
     if whole <= 0:
@@ -64,41 +62,6 @@ def ablation_effects(model: nn.Module, task: CircuitTask, means: Sequence[Tensor
             f"the metric of the whole model is {whole / len(task):.3g}; it must be above 0 to have a share of"
         )
     return 1 - metric / whole
-
-
-def _block_of(model: nn.Module, name: str) -> nn.Module:
-    """The block that an attention layer is in, or the layer itself where there are no blocks."""
-    blocks = {at: block for stack in find_stacks(model) for at, block in stack.blocks.items()}
-    return next((block for at, block in blocks.items() if f"{name}.".startswith(f"{at}.")), model.get_submodule(name))
-
-
-def _recorded(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor) -> tuple[list[Any], Tensor]:
-    """What blocks give out, and the logits."""
-    found: dict[nn.Module, Any] = {}
-    handles = [
-        block.register_forward_hook(lambda module, args, output: found.update({module: output})) for block in blocks
-    ]
-    try:
-        logits = last_logits(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[block] for block in blocks], logits
-
-
-@contextmanager
-def _replayed(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, blocks give out what they did before, at no cost."""
-    before = [(block, block.__dict__.get("forward")) for block in blocks]
-    for block, output in zip(blocks, outputs):
-        block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block, forward in before:
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
 
 
 def mean_difference(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -256,8 +256,8 @@ def heads_of(names: Iterable[tuple[int, int]], grid: HeadGrid) -> Tensor:
     """
     known = {name: number for number, name in enumerate(grid.names)}
     chosen = torch.zeros(len(grid), dtype=torch.bool)
-    for name in names:
-        if tuple(name) not in known:
-            raise ConfigurationError(f"there is no head {tuple(name)}; the last one is {grid.names[-1]}")
-        chosen[known[tuple(name)]] = True
+    for layer, head in names:
+        if (layer, head) not in known:
+            raise ConfigurationError(f"there is no head {(layer, head)}; the last one is {grid.names[-1]}")
+        chosen[known[layer, head]] = True
     return chosen
