@@ -7,6 +7,8 @@ sum over everything that was written there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,30 +150,36 @@ def trace_residual(model: nn.Module, tokens: Tensor, layer: int) -> ResidualTrac
     if len(blocks) != len(grid.layers):
         raise ModelError(f"{type(model).__name__} has {len(blocks)} blocks and {len(grid.layers)} attention layers")
     seen = [_Seen() for _ in blocks]
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    handles = [handle for block, heads, note in zip(blocks, grid.layers, seen) for handle in _hooks(block, heads, note)]
 
     def attend(call: AttentionCall) -> None:
         seen[call.layer].call = call
 
-    site = AttentionSite(model, attend)
-    try:
+    with ExitStack() as stack:
+        site = AttentionSite(model, attend)
+        stack.callback(site.remove)
+        for block, heads, note in zip(blocks, grid.layers, seen):
+            for handle in _hooks(block, heads, note):
+                stack.callback(handle.remove)
+        stack.enter_context(_frozen(model))
         # values keep their way back to what attention reads; everything behind is cut off from it
         with torch.enable_grad(), evaluating(model), watched(grid, lambda number, z: z.detach()):
             run_batch(model, row)
-        return ResidualTrace(
-            row[0],
-            tuple(
-                _layer(number, row[0], blocks[number], grid.layers[number], seen[number]) for number in range(layer + 1)
-            ),
-        )
+        layers = [
+            _layer(number, row[0], blocks[number], grid.layers[number], seen[number]) for number in range(layer + 1)
+        ]
+    return ResidualTrace(row[0], tuple(layers))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter asks for a gradient."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
-        site.remove()
-        for handle in handles:
-            handle.remove()
-        for parameter in frozen:
+        for parameter in asking:
             parameter.requires_grad_(True)
 
 

@@ -21,7 +21,6 @@ from gossamer.features.attention_trace import trace_attention
 from gossamer.features.direct_attribution import attribution_by_head, dfa
 from gossamer.features.feature_ablation import feature_effects
 from gossamer.features.head_survey import survey_heads
-from gossamer.features.heads import gated_heads, last_logits, mean_heads
 from gossamer.features.indirect_object import NameLanguage
 from gossamer.features.prefix_induction import prefix_induction, repeats
 from gossamer.features.sae import SAE
@@ -32,7 +31,18 @@ from gossamer.models import load
 from gossamer.models.head_outputs import HeadSite, exposed_heads
 from gossamer.models.packages import cache_directory
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.head_roles import BEGIN, FEW, MANY, VOCABULARY, attention_only, judged, teach, texts
+from gossamer.papers.head_roles import (
+    BEGIN,
+    FEW,
+    MANY,
+    VOCABULARY,
+    ablated,
+    attention_only,
+    attributed,
+    judged,
+    teach,
+    texts,
+)
 from gossamer.papers.language_features import Source, documents_of, locked
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, bootstrap_interval, mean_interval
@@ -44,18 +54,18 @@ QUICK: dict[str, Any] = {
     "head size": 16,
     "heads": 8,
     "length": 64,
-    "steps": 1500,
+    "steps": 1200,
     "batch": 32,
     "rate": 4e-3,
     "texts": 500,
     "features": 512,
     "k": 16,
-    "sae steps": 600,
+    "sae steps": 400,
     "prefixes": [1, 2, 4, 8],
     "repeats": 60,
     "model": "demo",
     "layer": 14,
-    "documents": 120,
+    "documents": 300,
     "held out": 4,
     "document length": 256,
     "wide": 8,
@@ -125,8 +135,12 @@ def _roles(settings: dict[str, Any], seed: int) -> dict[str, Any]:
         model, settings["prefixes"], settings["repeats"], 28, range(8, VOCABULARY), (BEGIN, MANY), seed=seed
     )
     last = slice(settings["heads"], 2 * settings["heads"])
-    by_attribution = _attributed(model, saes[1], settings, seed)
-    by_ablation = _ablated(model, settings, seed)
+    shortest, longest = (
+        repeats(range(8, VOCABULARY), prefix, settings["repeats"], 28, seed + 1, (BEGIN, FEW))
+        for prefix in (settings["prefixes"][0], settings["prefixes"][-1])
+    )
+    by_attribution = attributed(model, saes[1], longest) - attributed(model, saes[1], shortest)
+    by_ablation = ablated(model, longest) - ablated(model, shortest)
     found["ranks"] = _rank_correlation(by_attribution, by_ablation[last])
     found["long"], found["short"] = len(scores.long_prefix()), len(scores.short_prefix())
     best = scores.attention.amax(0).topk(4).indices.tolist()
@@ -191,45 +205,6 @@ def _exactness(model: Any, sae: AttentionSAE, layer: int, text: Tensor, z: Tenso
         off = dfa(sae, trace, feature).preactivation[1:] - truth
         worst = max(worst, float(off.abs().max() / truth.abs().max()))
     return worst
-
-
-def _attributed(model: Any, sae: AttentionSAE, settings: dict[str, Any], seed: int) -> Tensor:
-    """How much more of the active features comes through each head from the induced token, with a long prefix."""
-    totals = []
-    for prefix in (settings["prefixes"][0], settings["prefixes"][-1]):
-        drawn = _prompts(settings, prefix, seed)
-        total = torch.zeros(settings["heads"])
-        for text, source, end in zip(drawn.tokens, drawn.source.tolist(), drawn.destination.tolist()):
-            trace = trace_attention(model, text, 1)[1]
-            codes = sae.encode(trace.z[end].reshape(1, -1))
-            worth = sae.encoder_blocks[codes.indices.long()].detach() * sae.scale
-            total += torch.einsum("fhv,hv,h->h", worth, trace.values[:, source], trace.pattern[:, end, source])
-        totals.append(total / len(drawn.tokens))
-    return totals[1] - totals[0]
-
-
-@torch.no_grad()
-def _ablated(model: Any, settings: dict[str, Any], seed: int) -> Tensor:
-    """How much more of the right logit each head is worth with a long prefix, ablated by its mean."""
-    totals = []
-    for prefix in (settings["prefixes"][0], settings["prefixes"][-1]):
-        drawn = _prompts(settings, prefix, seed)
-        means = mean_heads(model, list(drawn.tokens))
-        lost = torch.zeros(2 * settings["heads"])
-        for text, end, answer in zip(drawn.tokens, drawn.destination.tolist(), drawn.answer.tolist()):
-            rows = text[None, : end + 1].expand(len(lost) + 1, -1)
-            gates = 1 - torch.eye(len(lost) + 1, len(lost))
-            with gated_heads(model, gates, means):
-                logits = last_logits(model, rows)
-            # against the other tokens, which share what all logits gain
-            logit = logits[:, answer] - logits[:, 8:].mean(1)
-            lost += logit[-1] - logit[:-1]
-        totals.append(lost / len(drawn.tokens))
-    return totals[1] - totals[0]
-
-
-def _prompts(settings: dict[str, Any], prefix: int, seed: int) -> Any:
-    return repeats(range(8, VOCABULARY), prefix, settings["repeats"], 28, seed + 1, (BEGIN, FEW))
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:

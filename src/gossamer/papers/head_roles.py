@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gossamer.core.randomness import generator_for
+from gossamer.features.attention_sae import AttentionSAE
+from gossamer.features.attention_trace import trace_attention
+from gossamer.features.heads import gated_heads, last_logits, mean_heads
+from gossamer.features.prefix_induction import Repeats
 
 VOCABULARY = 64
 BEGIN, MANY, FEW, COPY, SKIP = range(5)
@@ -122,3 +126,29 @@ def judged(model: Any, length: int, count: int, seed: int) -> dict[str, float]:
         asked = labels[:, 1:] != _IGNORED
         found[name] = float((guess[asked] == labels[:, 1:][asked]).double().mean())
     return found
+
+
+def attributed(model: Any, sae: AttentionSAE, drawn: Repeats) -> Tensor:
+    """How much of the second layer's active features each head brings from the induced token, ``(heads,)``."""
+    total = torch.zeros(sae.n_heads)
+    for text, source, end in zip(drawn.tokens, drawn.source.tolist(), drawn.destination.tolist()):
+        trace = trace_attention(model, text, 1)[1]
+        codes = sae.encode(trace.z[end].reshape(1, -1))
+        worth = sae.encoder_blocks[codes.indices.long()].detach() * sae.scale
+        total += torch.einsum("fhv,hv,h->h", worth, trace.values[:, source], trace.pattern[:, end, source])
+    return total / len(drawn.tokens)
+
+
+@torch.no_grad()
+def ablated(model: Any, drawn: Repeats) -> Tensor:
+    """How much of the right logit is lost with each head, its mean in its place, ``(all heads,)``."""
+    means = mean_heads(model, list(drawn.tokens))
+    lost = torch.zeros(sum(map(len, means)))
+    gates = 1 - torch.eye(len(lost) + 1, len(lost))
+    for text, end, answer in zip(drawn.tokens, drawn.destination.tolist(), drawn.answer.tolist()):
+        with gated_heads(model, gates, means):
+            logits = last_logits(model, text[None, : end + 1].expand(len(lost) + 1, -1))
+        # against the other tokens, which share what all logits gain
+        logit = logits[:, answer] - logits[:, _FIRST:].mean(1)
+        lost += logit[-1] - logit[:-1]
+    return lost / len(drawn.tokens)
