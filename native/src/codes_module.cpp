@@ -104,7 +104,6 @@ std::int64_t highest_of_rows(std::int64_t rows, std::int64_t columns, std::int64
 
 constexpr std::int64_t kGroups = 8;        // of 32 tokens, that a thread compares with a tile of features
 constexpr std::int64_t kFewTokens = 4;     // for which no group is worth filling
-constexpr std::int64_t kTilesFrom = 64;    // tokens for which rounding the features pays
 constexpr std::int64_t kRoom = 256;        // candidates of a token, at least
 
 struct Problem {
@@ -123,30 +122,26 @@ struct Problem {
   Dictionary dictionary() const { return {encoder, Value::float32, size}; }
 };
 
-// Features as they are compared with tokens, and what their rounding can amount to.
+// Features as they are compared with tokens, and what their rounding can amount to, for every block of them.
 struct Prepared {
-  std::vector<float> lengths, errors;
-  const std::uint16_t* rounded = nullptr;
+  float* lengths;
+  float* errors;
+  std::uint16_t* rounded;  // or null
 };
 
-Prepared prepare(const Problem& problem, Room& room, int threads) {
-  const auto blocks = static_cast<std::size_t>(problem.blocks());
-  Prepared found{std::vector<float>(blocks), std::vector<float>(blocks), nullptr};
-  std::uint16_t* rounded = nullptr;
-  if (problem.tiles) {
-    const std::int64_t all = problem.blocks() * kMarginRows * problem.padded();
-    found.rounded = rounded = room.get<std::uint16_t>(static_cast<std::size_t>(all));
-    std::fill(rounded + problem.features * problem.padded(), rounded + all, std::uint16_t{0});
-  }
+void prepare(const Problem& problem, const Prepared& found, int threads) {
+  std::uint16_t* rounded = problem.tiles ? found.rounded : nullptr;
+  if (rounded)
+    std::fill(rounded + problem.features * problem.padded(),
+              rounded + problem.blocks() * kMarginRows * problem.padded(), std::uint16_t{0});
   share_out((problem.blocks() + 7) / 8, threads, [&](std::int64_t item) {
     const std::int64_t first = item * 8 * kMarginRows, last = std::min(problem.features, first + 8 * kMarginRows);
     if (rounded)
-      code_kernels().round_rows(problem.dictionary(), first, last, problem.padded(), rounded, found.lengths.data(),
-                                found.errors.data());
+      code_kernels().round_rows(problem.dictionary(), first, last, problem.padded(), rounded, found.lengths,
+                                found.errors);
     else
-      code_kernels().lengths(problem.dictionary(), first, last, found.lengths.data());
+      code_kernels().lengths(problem.dictionary(), first, last, found.lengths);
   });
-  return found;
 }
 
 // Candidates of some groups of tokens.
@@ -169,7 +164,7 @@ class Collection {
 
   void go_through(const Prepared& features) {
     alignas(64) float scores[kTileRows * kTokens];
-    const Margins margins{features.lengths.data(), features.errors.data()};
+    const Margins margins{features.lengths, features.errors};
     const int rows = problem_.tiles ? kTileRows : code_kernels().score_rows;
     for (std::int64_t feature = 0; feature < problem_.features; feature += rows) {
       const int here = static_cast<int>(std::min<std::int64_t>(rows, problem_.features - feature));
@@ -190,7 +185,7 @@ class Collection {
 
   // Exact scores of the candidates, and the best of them.
   void choose(const Prepared& features) {
-    const Margins margins{features.lengths.data(), features.errors.data()};
+    const Margins margins{features.lengths, features.errors};
     std::vector<float> scores, every;
     std::vector<std::int32_t> places;
     Spare spare(problem_.wanted);
@@ -256,8 +251,8 @@ class Collection {
   std::uint16_t* row_;
 };
 
-// False where the encoder holds NaN or infinity.
-bool encode(const Problem& problem, int threads) {
+// False where the encoder holds NaN or infinity. `ready`: the features have been prepared before.
+bool encode(const Problem& problem, const Prepared& features, bool ready, int threads) {
   if (problem.tokens <= kFewTokens) {
     share_out(problem.tokens, threads, [&](std::int64_t token) {
       std::vector<float> scores;
@@ -266,10 +261,9 @@ bool encode(const Problem& problem, int threads) {
     });
     return true;
   }
-  static thread_local Room rounded;
-  const Prepared features = prepare(problem, rounded, threads);
-  for (const float length : features.lengths)
-    if (!std::isfinite(length)) return false;
+  if (!ready) prepare(problem, features, threads);
+  for (std::int64_t block = 0; block < problem.blocks(); ++block)
+    if (!std::isfinite(features.lengths[block])) return false;
   const std::int64_t all = (problem.tokens + kTokens - 1) / kTokens;
   const std::int64_t groups = std::clamp<std::int64_t>((all + threads - 1) / threads, 1, kGroups);
   share_out((all + groups - 1) / groups, threads, [&](std::int64_t item) {
@@ -337,15 +331,17 @@ void bind_codes(nb::module_& m) {
                            into<std::int32_t>(indices), into<float>(values), into<std::int64_t>(counts), threads);
   });
   m.def("code_encode", [](std::int64_t tokens, std::int64_t size, std::int64_t features, std::int64_t wanted, Address x,
-                          Address encoder, Address bias, Address indices, Address values, Address counts, bool tiles,
-                          int threads) {
+                          Address encoder, Address bias, Address lengths, Address errors, Address rounded, bool ready,
+                          Address indices, Address values, Address counts, int threads) {
     nb::gil_scoped_release unlocked;
     const Problem problem{tokens, size, features, wanted, at<float>(x), at<float>(encoder), at<float>(bias),
                           into<std::int32_t>(indices), into<float>(values), into<std::int64_t>(counts),
-                          tiles && tiles_usable() && tokens >= kTilesFrom};
-    return encode(problem, std::max(threads, 1));
+                          rounded && tiles_usable()};
+    return encode(problem, {into<float>(lengths), into<float>(errors), into<std::uint16_t>(rounded)}, ready,
+                  std::max(threads, 1));
   });
   m.def("code_tiles", &tiles_usable);
+  m.def("code_block", [] { return kMarginRows; });
   m.def("code_adam", [](std::int64_t rows, std::int64_t size, Address weights, Address means, Address squares,
                         Address gradients, double first, double second, double rate, double square_share,
                         double epsilon, bool unit, int threads) {

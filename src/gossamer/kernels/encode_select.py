@@ -9,6 +9,8 @@ is lost, and what remains is computed again in float32. The result is that of fl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,50 @@ from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.kernels.native import VALUE_CODES, native, offers
 
 _CHUNK = 1 << 24  # products that the reference forms at a time
+_TILES_FROM = 64  # tokens for which rounding an encoder pays
+_FEW = 4  # tokens for which compiled code forms all products at once, and prepares nothing
 
 
-def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor | None, k: int, rounded: bool = True) -> SparseCodes:
+@dataclass(frozen=True, eq=False)
+class PreparedEncoder:
+    """An encoder as compiled code compares it with tokens; worth keeping where it meets several batches.
+
+    Attributes
+    ----------
+    lengths, errors
+        Of the longest feature of every block, and the largest length that rounding has changed one by.
+    rounded
+        The features in bfloat16, blocks and channels filled up with zeros; empty where nothing is rounded.
+    """
+
+    lengths: Tensor
+    errors: Tensor
+    rounded: Tensor
+    ready: list[bool]
+
+    @classmethod
+    def of(cls, encoder: Tensor, tokens: int, rounded: bool = True) -> PreparedEncoder:
+        """Room for an encoder ``(features, size)``, which the first product fills.
+
+        Fewer than 64 tokens are compared in float32: rounding would take longer.
+        """
+        block = native().code_block()
+        features, size = encoder.shape
+        blocks = -(-features // block)
+        tiles = rounded and tokens >= _TILES_FROM and native().code_tiles()
+        shape = (blocks * block, -(-size // 32) * 32) if tiles else (0, 0)
+        room = torch.empty(shape, dtype=torch.bfloat16)
+        return cls(torch.empty(blocks), torch.empty(blocks), room, [False])
+
+
+def encode_topk(
+    x: Tensor,
+    encoder: Tensor,
+    bias: Tensor | None,
+    k: int,
+    rounded: bool = True,
+    prepared: PreparedEncoder | None = None,
+) -> SparseCodes:
     """The k features of the highest affinity ``ReLU(x · encoder + bias)`` of every token, without gradients.
 
     Parameters
@@ -35,6 +78,8 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor | None, k: int, rounded
         Features of a token, at most: affinities of zero are never chosen; of equal ones the first is.
     rounded
         Whether matrix registers may look for candidates; the result is the same, but for speed.
+    prepared
+        :meth:`PreparedEncoder.of` of this very encoder, for several calls; it must not change between them.
 
     Returns
     -------
@@ -63,15 +108,18 @@ def encode_topk(x: Tensor, encoder: Tensor, bias: Tensor | None, k: int, rounded
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise NonFiniteError("the bias of the encoder holds NaN or infinity; lower the learning rate")
     indices, values, counts = _room(len(x), k)
+    prepared = prepared or PreparedEncoder.of(encoder, len(x), rounded)
     finite = native().code_encode(
         *(len(x), x.shape[1], len(encoder), k),
         x.data_ptr(),
         encoder.data_ptr(),
         0 if bias is None else bias.data_ptr(),
+        *(prepared.lengths.data_ptr(), prepared.errors.data_ptr(), prepared.rounded.data_ptr()),
+        prepared.ready[0],
         *(indices.data_ptr(), values.data_ptr(), counts.data_ptr()),
-        rounded,
         torch.get_num_threads(),
     )
+    prepared.ready[0] = prepared.ready[0] or len(x) > _FEW
     if not finite:
         raise NonFiniteError("the encoder holds NaN or infinity; lower the learning rate")
     return _codes(indices, values, counts, len(encoder))

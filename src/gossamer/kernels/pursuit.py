@@ -15,12 +15,13 @@ from torch import Tensor
 
 from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError, NonFiniteError
-from gossamer.kernels.encode_select import encode_topk
+from gossamer.kernels.encode_select import PreparedEncoder, encode_topk
 from gossamer.kernels.native import native, offers
 
 _REFRESH = 32  # steps after which correlations are computed anew: updates drift
-_GRAM_BYTES = 1 << 29  # largest matrix of products of atoms that is made unasked
+_GRAM_BYTES = 1 << 30  # largest matrix of products of atoms that is made unasked
 _CHUNK = 1 << 24  # products of signals with atoms that are in memory at a time
+_PAYS = 4  # products of all atoms cost as much as so many steps of as many signals as atoms
 _UNIT = 1e-3
 
 
@@ -89,7 +90,7 @@ def matching_pursuit(
         Whether atoms are only added, not subtracted.
     gram
         Products of all atoms, ``(atoms, atoms)``, with which a step costs as many operations as there are atoms; True
-        makes them, False does without; by default they are made where that takes at most 512 MiB and pays.
+        makes them, False does without; by default they are made where that takes at most 1 GiB and pays.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def matching_pursuit(
     """
     _check(x, dictionary, k, tolerance)
     if gram is None:
-        gram = len(dictionary) ** 2 * x.element_size() <= _GRAM_BYTES and k * len(x) >= 2 * len(dictionary)
+        gram = len(dictionary) ** 2 * x.element_size() <= _GRAM_BYTES and k * len(x) >= _PAYS * len(dictionary)
     products = (dictionary.detach() @ dictionary.detach().t()) if gram is True else gram if gram is not False else None
     atoms = _choose(x.detach(), dictionary.detach(), k, tolerance, nonnegative, products)
     values, residual = _Path.apply(x, dictionary, atoms)
@@ -164,9 +165,10 @@ def _choose_compiled(
 def _choose_one_by_one(x: Tensor, dictionary: Tensor, k: int, tolerance: float) -> Tensor:
     """The same with all products anew for every step, of which only the highest of a signal is kept."""
     atoms = torch.full((len(x), k), -1, dtype=torch.int64)
-    residual = x.contiguous().clone()
+    residual, dictionary = x.contiguous().clone(), dictionary.contiguous()
+    prepared = PreparedEncoder.of(dictionary, len(x))
     for step in range(k):
-        found = encode_topk(residual, dictionary, None, 1)
+        found = encode_topk(residual, dictionary, None, 1, prepared=prepared)
         going = (found.counts > 0) & (residual.norm(dim=1) > tolerance)
         if step:
             going &= atoms[:, step - 1] >= 0
