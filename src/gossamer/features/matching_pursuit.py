@@ -22,7 +22,7 @@ from gossamer.kernels.codes import decode
 from gossamer.kernels.pursuit import Pursuit, matching_pursuit, orthogonal_matching_pursuit
 
 Kind = Literal["mp", "omp"]
-_GRAM_BYTES = 1 << 29
+_GRAM_BYTES = 1 << 30
 
 
 class MatchingPursuit(CountedRule):
