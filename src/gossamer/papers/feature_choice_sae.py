@@ -43,21 +43,21 @@ QUICK: dict[str, Any] = {
     "planted": {"d": 64, "features": 256, "mean": 6.0, "most": 32},
     "planted_training": {
         "features": 256,
-        "steps": 500,
+        "steps": 400,
         "batch_size": 512,
         "learning_rate": 3e-3,
         "dead_after": 50_000,
     },
     "held_out": 4096,
     "source": {"documents": 256, "held_out": 24},
-    "ks": [16, 32, 64],
+    "ks": [16, 64],
     "real_training": {
         "features": 1024,
-        "steps": 200,
+        "steps": 150,
         "batch_size": 256,
         "learning_rate": 2e-3,
         "dead_after": 20_000,
-        "documents": 3,
+        "documents": 2,
     },
 }
 FULL: dict[str, Any] = {
@@ -72,6 +72,7 @@ FULL: dict[str, Any] = {
     },
     "held_out": 30_000,
     "source": {"documents": 800, "held_out": 64},
+    "ks": [16, 32, 64],
     "real_training": {
         "features": 8192,
         "steps": 5000,

@@ -41,19 +41,19 @@ STEEP = 0.5  # cosine of siblings from which on a linear encoder should fail
 TOLERANCE = 0.05  # as in the authors' benchmark
 
 QUICK: dict[str, Any] = {
-    "cosines": [0.0, 0.3, 0.6, 0.9],
-    "tree_training": {"steps": 2500, "batch_size": 200, "learning_rate": 3e-2, "dead_after": 20_000},
+    "cosines": [0.0, 0.6, 0.9],
+    "tree_training": {"steps": 1500, "batch_size": 200, "learning_rate": 3e-2, "dead_after": 20_000},
     "sparsity": 0.05,
     "held_out": 4096,
     "source": {"documents": 256, "held_out": 24},
     "k": 16,
     "real_training": {
         "features": 1024,
-        "steps": 200,
+        "steps": 150,
         "batch_size": 256,
         "learning_rate": 2e-3,
         "dead_after": 20_000,
-        "documents": 3,
+        "documents": 2,
     },
     "co_selected": 512,
 }
