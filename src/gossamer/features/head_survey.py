@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.progress import track
+from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.features.attention_sae import AttentionSAE, head_attribution, top_features
 from gossamer.features.attention_trace import AttentionTrace, trace_attention
@@ -254,12 +255,12 @@ def survey_heads(
     return HeadSurvey(best, shares.t().gather(1, best), families, named)
 
 
-def _most_active(codes: Sequence[object], feature: int, count: int) -> list[tuple[int, int]]:
+def _most_active(codes: Sequence[SparseCodes], feature: int, count: int) -> list[tuple[int, int]]:
     """Document and position of the highest values; the first token of a document is left out."""
     found: list[tuple[float, int, int]] = []
     for number, code in enumerate(codes):
-        here = (code.indices == feature) & (code.values > 0)  # type: ignore[attr-defined]
-        rows, values = code.row_of[here], code.values[here]  # type: ignore[attr-defined]
+        here = (code.indices == feature) & (code.values > 0)
+        rows, values = code.row_of[here], code.values[here]
         found += [(value, number, row) for value, row in zip(values.tolist(), rows.tolist()) if row]
     if count < 1:
         raise ConfigurationError(f"examples is {count}; look at one token or more")

@@ -239,10 +239,14 @@ def _language(settings: dict[str, Any], seed: int) -> dict[str, Any]:
         quality = attention_quality(model, site.name, sae, held_out)
         effects = _indirect(model, site, sae, loaded.tokenizer, settings, seed)
     survey = survey_heads(model, sae, settings["layer"], training[: settings["survey"]], output=site.heads.slices())
-    several = [float(many) for many in survey.polysemantic(at_least=2)]
+    several = [float(many) for many in survey.polysemantic()]
+    gap = quality.zero - quality.splice.dense
     return {
         "sae": quality.to_dict(),
-        **{name: report.to_dict() for name, report in spliced.items()},
+        **{
+            name: {**report.to_dict(), "recovered_from_zero": (quality.zero - report.spliced) / gap}
+            for name, report in spliced.items()
+        },
         "several": several,
         "labels": survey.labels,
         "indirect objects": effects,
@@ -322,7 +326,8 @@ def decide(observations: Sequence[Observation]) -> Verdict:
         ],
         f"known roles: rank correlation of prefix scores − {RANKED}": [role["ranks"] - RANKED for role in roles],
         "language: loss recovered, features − best axes": [
-            one["sae"]["recovered"] - max(one[name]["recovered"] for name in ("neurons", "components", "random"))
+            one["sae"]["recovered_from_zero"]
+            - max(one[name]["recovered_from_zero"] for name in ("neurons", "components", "random"))
             for one in language
         ],
         "language: effect of features − of random directions": [
@@ -373,9 +378,9 @@ experiment = Experiment(
         "transformer of known tasks loss recovered from zero exceeds 0.9 at 16 features in both layers, ablating the "
         "head of the largest decoder share removes more than 70 % of a feature's activation, and prefix scores of "
         "heads by attribution and by ablation rank alike with more than 0.8; and on a language model features recover "
-        "more loss from the mean than as many neurons, principal components or random axes, change the difference of "
-        "indirect objects' logits more than random directions of their length, and more than half of the heads bear "
-        "two labels or more on two features each. Does not hold if one is wholly reversed"
+        "more loss from zero than as many neurons, principal components or random axes, change the difference of "
+        "indirect objects' logits more than random directions of their length, and the ten features of more than half "
+        "of the heads are of two families or more. Does not hold if one is wholly reversed"
     ),
     run=run,
     decide=decide,
