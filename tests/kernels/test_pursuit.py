@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
 
 from gossamer.errors import ConfigurationError, NonFiniteError
-from gossamer.kernels import native, pursuit
+from gossamer.kernels import native, pursuit_compiled
 from gossamer.kernels.pursuit import matching_pursuit, orthogonal_matching_pursuit
 
 
@@ -36,7 +36,7 @@ def by_hand(signal, dictionary, k, tolerance, nonnegative):
 def path(request, monkeypatch):
     """Every way in which signals are pursued on this machine, with torch alone first."""
     if request.param == "reference":
-        monkeypatch.setattr(pursuit, "offers", lambda name: False)
+        monkeypatch.setattr(pursuit_compiled, "offers", lambda name: False)
         yield request.param
     else:
         if not native.offers("pursuit_match"):

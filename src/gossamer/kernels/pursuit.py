@@ -15,12 +15,9 @@ from torch import Tensor
 
 from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError, NonFiniteError
-from gossamer.kernels.encode_select import PreparedEncoder, encode_topk
-from gossamer.kernels.native import native, offers
+from gossamer.kernels import pursuit_compiled as compiled
 
-_REFRESH = 32  # steps after which correlations are computed anew: updates drift
 _GRAM_BYTES = 1 << 30  # largest matrix of products of atoms that is made unasked
-_CHUNK = 1 << 24  # products of signals with atoms that are in memory at a time
 _PAYS = 4  # products of all atoms cost as much as so many steps of as many signals as atoms
 _UNIT = 1e-3
 
@@ -110,16 +107,16 @@ def matching_pursuit(
 
 def _choose(x: Tensor, dictionary: Tensor, k: int, tolerance: float, nonnegative: bool, gram: Any) -> Tensor:
     """Atoms of every step, −1 from the step on at which a signal is done."""
-    if gram is not None and _compiled(x, dictionary, gram):
-        return _choose_compiled(x.contiguous(), dictionary.contiguous(), k, tolerance, nonnegative, gram.contiguous())
-    if gram is None and nonnegative and x.dtype == torch.float32 and offers("code_encode"):
-        return _choose_one_by_one(x, dictionary, k, tolerance)
+    if gram is not None and compiled.usable(x, dictionary, gram):
+        return compiled.choose(x, dictionary, k, tolerance, nonnegative, gram)
+    if gram is None and nonnegative and x.dtype == torch.float32 and compiled.usable(x, dictionary):
+        return compiled.choose_one_by_one(x, dictionary, k, tolerance)
     rows = torch.arange(len(x), device=x.device)
     residual, common = x.clone(), x @ dictionary.t()
     atoms = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     going = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for step in range(k):
-        if (gram is None and step) or (step and step % _REFRESH == 0):
+        if (gram is None and step) or (step and step % compiled.REFRESH == 0):
             common = residual @ dictionary.t()
         best = (common if nonnegative else common.abs()).argmax(1)
         value = common[rows, best]
@@ -134,87 +131,11 @@ def _choose(x: Tensor, dictionary: Tensor, k: int, tolerance: float, nonnegative
     return atoms
 
 
-def _choose_compiled(
-    x: Tensor, dictionary: Tensor, k: int, tolerance: float, nonnegative: bool, gram: Tensor
-) -> Tensor:
-    """The same with one row of the products of atoms for a step, signal after signal."""
-    atoms = torch.full((len(x), k), -1, dtype=torch.int64)
-    for part in _parts(len(x), len(dictionary)):
-        residual, chosen = x[part].clone(), atoms[part]
-        going = torch.ones(len(residual), dtype=torch.bool)
-        for first in range(0, k, _REFRESH):
-            common = residual @ dictionary.t()
-            native().pursuit_match(
-                *_atoms(dictionary, gram),
-                len(residual),
-                min(_REFRESH, k - first),
-                tolerance,
-                nonnegative,
-                common.data_ptr(),
-                residual.data_ptr(),
-                chosen[:, first:].data_ptr(),
-                k,
-                going.data_ptr(),
-                torch.get_num_threads(),
-            )
-            if not bool(going.any()):
-                break
-    return atoms
-
-
-def _choose_one_by_one(x: Tensor, dictionary: Tensor, k: int, tolerance: float) -> Tensor:
-    """The same with all products anew for every step, of which only the highest of a signal is kept."""
-    atoms = torch.full((len(x), k), -1, dtype=torch.int64)
-    residual, dictionary = x.contiguous().clone(), dictionary.contiguous()
-    prepared = PreparedEncoder.of(dictionary, len(x))
-    for step in range(k):
-        found = encode_topk(residual, dictionary, None, 1, prepared=prepared)
-        going = (found.counts > 0) & (residual.norm(dim=1) > tolerance)
-        if step:
-            going &= atoms[:, step - 1] >= 0
-        if not bool(going.any()):
-            break
-        best = torch.full((len(x),), -1, dtype=torch.int64)
-        best[found.counts > 0] = found.indices.long()
-        atoms[:, step] = torch.where(going, best, -1)
-        _follow(residual, dictionary, atoms[:, step : step + 1])
-    return atoms
-
-
-def _compiled(x: Tensor, *others: Tensor) -> bool:
-    """Whether compiled code pursues in these numbers."""
-    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and offers("pursuit_match")
-    return known and all(other.dtype == x.dtype and other.device == x.device for other in others)
-
-
-def _atoms(dictionary: Tensor, gram: Tensor | None = None) -> tuple[Any, ...]:
-    """A dictionary as compiled code takes it; its parts must outlive the call."""
-    wide = dictionary.dtype == torch.float64
-    parts = (wide, *dictionary.shape, dictionary.data_ptr())
-    return parts if gram is None else (*parts, gram.data_ptr())
-
-
-def _parts(signals: int, atoms: int) -> list[slice]:
-    """Signals of which all products with atoms are in memory at a time."""
-    step = max(1, _CHUNK // max(1, atoms))
-    return [slice(first, first + step) for first in range(0, signals, step)]
-
-
 def _follow(residual: Tensor, dictionary: Tensor, atoms: Tensor) -> Tensor:
     """Values along given atoms, which are taken from the residuals in place."""
+    if compiled.usable(residual, dictionary):
+        return compiled.follow(residual, dictionary, atoms)
     values = residual.new_zeros(atoms.shape)
-    if _compiled(residual, dictionary):
-        dictionary, atoms = dictionary.contiguous(), atoms.contiguous()
-        native().pursuit_follow(
-            *_atoms(dictionary),
-            len(residual),
-            atoms.shape[1],
-            atoms.data_ptr(),
-            values.data_ptr(),
-            residual.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return values
     for step in range(atoms.shape[1]):
         chosen = atoms[:, step]
         atom = dictionary[chosen.clamp(min=0)]
@@ -236,8 +157,9 @@ class _Path(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         dictionary, atoms, values, residual = ctx.saved_tensors
-        if _compiled(dictionary, residual):
-            return _gone_back(dictionary, atoms, values, residual, grads[0], grads[1], ctx.needs_input_grad[1])
+        if compiled.usable(dictionary, residual):
+            of_both = compiled.go_back(dictionary, atoms, values, residual, grads[0], grads[1], ctx.needs_input_grad[1])
+            return *of_both, None
         of_values, flow = grads[0], grads[1].clone()
         of_dictionary = torch.zeros_like(dictionary)
         for step in reversed(range(atoms.shape[1])):
@@ -250,34 +172,6 @@ class _Path(torch.autograd.Function):
             flow = flow + of_value * atom
             residual = before
         return flow, of_dictionary, None
-
-
-def _gone_back(
-    dictionary: Tensor,
-    atoms: Tensor,
-    values: Tensor,
-    residual: Tensor,
-    of_values: Tensor,
-    of_residual: Tensor,
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None, None]:
-    dictionary, atoms, of_residual = dictionary.contiguous(), atoms.contiguous(), of_residual.contiguous()
-    of_values, flow = of_values.clone(memory_format=torch.contiguous_format), of_residual.clone()
-    of_dictionary = torch.zeros_like(dictionary) if wanted else None
-    native().pursuit_go_back(
-        *_atoms(dictionary),
-        len(flow),
-        atoms.shape[1],
-        atoms.data_ptr(),
-        values.data_ptr(),
-        residual.data_ptr(),
-        of_residual.data_ptr(),
-        flow.data_ptr(),
-        of_values.data_ptr(),
-        0 if of_dictionary is None else of_dictionary.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return flow, of_dictionary, None
 
 
 @torch.no_grad()
@@ -304,8 +198,8 @@ def orthogonal_matching_pursuit(
     _check(x, dictionary, k, tolerance)
     if k > len(dictionary):
         raise ConfigurationError(f"k is {k}; there are only {len(dictionary)} atoms to choose from")
-    if _compiled(x, dictionary) and len(dictionary) ** 2 * x.element_size() <= _GRAM_BYTES:
-        return _orthogonal_compiled(x.contiguous(), dictionary.contiguous(), k, tolerance, nonnegative)
+    if compiled.usable(x, dictionary) and len(dictionary) ** 2 * x.element_size() <= _GRAM_BYTES:
+        return Pursuit(*compiled.match_orthogonally(x, dictionary, k, tolerance, nonnegative), len(dictionary))
     count, rows = len(x), torch.arange(len(x), device=x.device)
     start = x @ dictionary.t()
     common, residual = start, x
@@ -336,29 +230,6 @@ def orthogonal_matching_pursuit(
         common = residual @ dictionary.t()
     done = torch.arange(k, device=x.device) >= steps[:, None]
     return Pursuit(atoms, values.masked_fill(done, 0), residual, len(dictionary))
-
-
-def _orthogonal_compiled(x: Tensor, dictionary: Tensor, k: int, tolerance: float, nonnegative: bool) -> Pursuit:
-    """The same with the products of all atoms, signal after signal."""
-    gram = dictionary @ dictionary.t()
-    atoms = torch.empty(len(x), k, dtype=torch.int64)
-    values, residual = x.new_empty(len(x), k), torch.empty_like(x)
-    for part in _parts(len(x), len(dictionary)):
-        start = x[part] @ dictionary.t()
-        native().pursuit_match_orthogonally(
-            *_atoms(dictionary, gram),
-            len(start),
-            k,
-            tolerance,
-            nonnegative,
-            start.data_ptr(),
-            x[part].data_ptr(),
-            atoms[part].data_ptr(),
-            values[part].data_ptr(),
-            residual[part].data_ptr(),
-            torch.get_num_threads(),
-        )
-    return Pursuit(atoms, values, residual, len(dictionary))
 
 
 def _next_row(factor: Tensor, dictionary: Tensor, chosen: Tensor, best: Tensor) -> Tensor:
