@@ -208,6 +208,7 @@ class FeatureChoice(CountedRule):
     """
 
     thresholds: Tensor
+    times: Tensor
     density: Tensor
     rank: Tensor
     batches: Tensor
@@ -228,6 +229,7 @@ class FeatureChoice(CountedRule):
     def build(self, features: int) -> None:  # noqa: D102
         super().build(features)
         self.register_buffer("thresholds", torch.full((features,), float("nan")))
+        self.register_buffer("times", torch.zeros(features))
         self.register_buffer("density", torch.zeros(features))
         self.register_buffer("rank", torch.arange(features))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -253,8 +255,11 @@ class FeatureChoice(CountedRule):
     def _learn(self, affinity: Tensor, found: Tensor) -> None:
         chosen = found.any(0)
         lowest = affinity.masked_fill(~found, torch.inf).amin(0)
+        # a plain mean of the first few batches, so that what a threshold begins with is soon forgotten
+        memory = (self.times / (self.times + 1)).clamp(max=self.memory)
         known = torch.where(self.thresholds.isnan(), lowest, self.thresholds)
-        self.thresholds.copy_(torch.where(chosen, self.memory * known + (1 - self.memory) * lowest, self.thresholds))
+        self.thresholds.copy_(torch.where(chosen, memory * known + (1 - memory) * lowest, self.thresholds))
+        self.times += chosen
         # what a feature would get if all matches competed tells how common it is, not what it was granted
         common = (affinity > competing(affinity, self.k)).float().mean(0)
         self.density.copy_(self.memory * self.density + (1 - self.memory) * common if self.batches else common)

@@ -57,17 +57,19 @@ def contender(rule: str, k: float, steps: int, features: int, sparsity: float = 
     def plain(make_rule: Callable[[], Any], **training: Any) -> Contender:
         return Contender(lambda d, f, seed: SAE(d, f, make_rule(), seed), training)
 
+    memory = min(0.99, 1 - 10 / max(steps, 11))  # a short training must not remember its beginning
     match rule:
         case "TopK":
             return plain(lambda: TopK(int(k)))
         case "BatchTopK":
-            return plain(lambda: MutualChoice(k))
+            return plain(lambda: MutualChoice(k, memory))
         case "Matryoshka":
-            return plain(lambda: MutualChoice(k), prefixes=(features // 8, features // 4, features // 2))
+            return plain(lambda: MutualChoice(k, memory), prefixes=(features // 8, features // 4, features // 2))
         case "mutual choice":
-            return plain(lambda: MutualChoice(k), auxiliary="zipf")
+            return plain(lambda: MutualChoice(k, memory), auxiliary="zipf")
         case "feature choice":
-            return plain(lambda: PhasedChoice(int(k), max(1, round(SWITCH * steps))), auxiliary="zipf")
+            switch = max(1, round(SWITCH * steps))
+            return plain(lambda: PhasedChoice(int(k), switch, memory), auxiliary="zipf")
         case "gradient TopK":
             return plain(lambda: GradientTopK(int(k)))
         case "matching pursuit":
