@@ -6,6 +6,9 @@ from benchmarks import (
     attention_denoising,
     attention_training,
     bdwp_products,
+    features_latents,
+    features_pursuit,
+    features_training,
     kernels_activations,
     kernels_attention,
     kernels_convolution,
@@ -49,6 +52,9 @@ BENCHMARKS = (
     pruning_selection,
     pruning_walk,
     pruning_memory,
+    features_training,
+    features_pursuit,
+    features_latents,
 )
 
 main(lambda options: [row for benchmark in BENCHMARKS for row in benchmark.measure(options)])

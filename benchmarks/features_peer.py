@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,16 @@ from typing import Any
 from benchmarks.peer import Peer
 
 LIBRARIES = ("sae-lens", "dictionary_learning")
+
+
+def installed(python: Path | None) -> bool:
+    """Whether an interpreter has the libraries; says so if it has not."""
+    look = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))"
+    names = ("sae_lens", "dictionary_learning", "spams")
+    if python is not None and subprocess.run([str(python), "-c", look, *names], check=False).returncode == 0:
+        return True
+    print("no --peer-python with sae-lens, dictionary-learning and spams-bin: they are left out")
+    return False
 
 
 class FeaturePeer(Peer):

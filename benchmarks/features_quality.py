@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.features_peer import FeaturePeer
+from benchmarks.features_peer import FeaturePeer, installed
 from benchmarks.harness import Options, Row, main
 from gossamer.features.activation_rules import TopK
 from gossamer.features.losses import unexplained_variance
@@ -30,9 +30,9 @@ _TOLERANCE = 0.99  # seeds alone move either figure by about as much
 
 def measure(options: Options) -> list[Row]:
     """Unexplained variance and lost loss, ours against theirs."""
-    if options.peer_python is None:
-        print("no --peer-python: the quality of sae-lens is left out")
+    if not installed(options.peer_python):
         return []
+    assert options.peer_python is not None
     features, count, steps = language_features(), 256 if options.quick else FEATURES, 5 if options.quick else STEPS
     order = _order(features, steps)
     found = {"ours": [], "sae-lens": []}

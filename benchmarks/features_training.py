@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.features_peer import LIBRARIES, FeaturePeer
+from benchmarks.features_peer import LIBRARIES, FeaturePeer, installed
 from benchmarks.harness import Options, Row, main, paired
 from gossamer.features.activation_rules import TopK
 from gossamer.features.sae import SAE
@@ -52,11 +52,7 @@ def measure(options: Options) -> list[Row]:
     x = planted(tokens, size, 1)
     threads = torch.get_num_threads()
     case = f"{tokens} tokens of {size}, {features} features, k = {k}, float32, {threads} threads, {instruction_set()}"
-    rows = []
-    if options.peer_python is None:
-        print("no --peer-python: sae-lens and dictionary_learning are left out")
-    else:
-        rows += _against_libraries(options, x, features, k, case)
+    rows = _against_libraries(options, x, features, k, case) if installed(options.peer_python) else []
     return [*rows, _selection(options, x, features, k, case)]
 
 
