@@ -367,15 +367,15 @@ SCHEDULE = Annealing(
 )
 
 
-def _fit_all(x):
-    return {name: truncated_em(model, x, 6, SCHEDULE) for name, model in models(5, 4, 2).items()}
+def _fit_all(x, seed):
+    return {name: truncated_em(model, x, 6, SCHEDULE, seed=seed) for name, model in models(5, 4, 2).items()}
 
 
 def _process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mine = points(151)[:100] if rank == 0 else points(151)[100:]
-    runs = _fit_all(mine)
+    runs = _fit_all(mine, seed=rank)
     checkpoint = f"{folder}/run.pt"
     truncated_em(models()["binary"], mine, 4, SCHEDULE, checkpoint=checkpoint, every=2)
     again = truncated_em(models()["binary"], mine, 4, SCHEDULE, checkpoint=checkpoint)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gossamer.coding.latent_models import LatentModel, Parameters
 from gossamer.coding.state_sets import LARGEST, count_combinations, state_set
 from gossamer.coding.truncated_em import checked, posteriors
+from gossamer.core.randomness import generator_for
 from gossamer.errors import ConfigurationError
 
 
@@ -135,3 +136,22 @@ def _once(model: LatentModel, parameters: Parameters, x: Tensor, top_k: int) -> 
         model.h_prime * of_all,
         model.gamma * of_all,
     )
+
+
+@torch.no_grad()
+def draw(model: LatentModel, parameters: Parameters, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points ``(count, D)`` of a model, and their causes ``(count, H)``; any number of these can be active.
+
+    Raises
+    ------
+    ConfigurationError
+        If `count` is below 1.
+    """
+    if count < 1:
+        raise ConfigurationError(f"{count} points were asked for; draw at least one")
+    generator = generator_for("samples of a latent model", seed)
+    codes = model.draw(parameters, count, generator)
+    components, noise = parameters["components"].cpu(), parameters["noise"].cpu()
+    drawn = torch.randn(count, components.shape[1], generator=generator, dtype=torch.float64)
+    drawn = drawn @ torch.linalg.cholesky(noise).T if noise.dim() == 2 else drawn * noise.sqrt()
+    return model.combine(codes, components) + drawn, codes

@@ -8,9 +8,8 @@ noise are all learnt from the data. [Exarchakis et al., 2019, ProSper, arXiv 190
 
 from __future__ import annotations
 
-import inspect
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,18 +19,16 @@ from torch import Tensor
 
 from gossamer.coding.annealing import Annealing
 from gossamer.coding.discrete_models import DiscreteModel
-from gossamer.coding.inference import Inference, infer
+from gossamer.coding.inference import Inference, draw, infer
 from gossamer.coding.latent_models import LatentModel, Parameters
 from gossamer.coding.maximal_causes import MaximalModel
 from gossamer.coding.spike_slab import SpikeSlabModel
-from gossamer.coding.truncated_em import checked, posteriors, truncated_em
-from gossamer.core.randomness import generator_for
+from gossamer.coding.truncated_em import posteriors, truncated_em
+from gossamer.core.estimators import CodeTransformer, check_is_fitted, checked, drawn_seed
 from gossamer.errors import ConfigurationError
 
-Array = np.ndarray | Tensor
 
-
-class ProbabilisticCoder(ABC):
+class ProbabilisticCoder(CodeTransformer):
     """What the six have in common.
 
     Parameters
@@ -46,10 +43,16 @@ class ProbabilisticCoder(ABC):
         Steps of expectation maximization.
     annealing
         How they are cooled; None for the schedule of the model.
+    anneal_prior
+        Whether the temperature divides the log-prior too; None as published: not for causes that add up with fixed
+        values, but for all others.
     learn
         Names of the parameters that are learnt, such as ``("components", "noise")``; None for all.
+    sparse_output
+        Whether codes are a SciPy matrix of compressed rows; posterior means are small and seldom zero, so that this
+        pays for causes that are not among the candidates only.
     random_state
-        Seed of the start and of everything drawn.
+        Of the start and of everything drawn; under ``torchrun`` that of the first process counts.
     checkpoint
         File from which an interrupted fit goes on.
     verbose
@@ -58,15 +61,15 @@ class ProbabilisticCoder(ABC):
     Attributes
     ----------
     components_
-        ``(n_components, n_features)``.
+        ``(n_components_, n_features_in_)``.
     prior_
         Probability of a cause to be active; of each value for DSC; of each cause for GSC.
     noise_
         Variance of the noise, or its covariance.
     history_
         One dictionary a step; see :class:`~gossamer.coding.truncated_em.EMRun`.
-    n_features_in_
-        Dimensions of a point.
+    n_components_, n_features_in_
+        Causes, and dimensions of a point.
 
     Notes
     -----
@@ -83,18 +86,28 @@ class ProbabilisticCoder(ABC):
         gamma: int = 5,
         n_steps: int = 150,
         annealing: Annealing | None = None,
+        anneal_prior: bool | None = None,
         learn: Sequence[str] | None = None,
-        random_state: int = 0,
+        sparse_output: bool = False,
+        random_state: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         verbose: bool = False,
     ):
-        self.n_components, self.h_prime, self.gamma = n_components, h_prime, gamma
-        self.n_steps, self.annealing, self.learn = n_steps, annealing, learn
-        self.random_state, self.checkpoint, self.verbose = random_state, checkpoint, verbose
+        self.n_components = n_components
+        self.h_prime = h_prime
+        self.gamma = gamma
+        self.n_steps = n_steps
+        self.annealing = annealing
+        self.anneal_prior = anneal_prior
+        self.learn = learn
+        self.sparse_output = sparse_output
+        self.random_state = random_state
+        self.checkpoint = checkpoint
+        self.verbose = verbose
 
     @abstractmethod
-    def _model(self) -> LatentModel:
-        """The generative model."""
+    def model(self) -> LatentModel:
+        """The generative model, as the functions on tensors take it."""
 
     def _sizes(self) -> tuple[int, int, int]:
         for name in ("n_components", "h_prime", "gamma"):
@@ -103,144 +116,100 @@ class ProbabilisticCoder(ABC):
         h_prime = min(self.h_prime, self.n_components)
         return self.n_components, h_prime, min(self.gamma, h_prime)
 
+    def _options(self, anneal_prior: bool) -> dict[str, Any]:
+        return {
+            "learn": self.learn,
+            "anneal_prior": anneal_prior if self.anneal_prior is None else self.anneal_prior,
+        }
+
     # ------------------------------------------------------------------------------------------- learning
 
-    def fit(self, X: Array, y: object = None, start: Parameters | None = None) -> ProbabilisticCoder:
+    def fit(self, X: Any, y: Any = None, start: Parameters | None = None) -> Any:
         """Learn components, prior and noise.
 
         Parameters
         ----------
         X
-            ``(n_samples, n_features)``.
+            ``(n, features)``.
         y
             Ignored.
         start
-            Parameters to start from: ``components``, ``prior``, ``noise``, ….
+            Parameters to start from: ``components``, ``prior``, ``noise``, …; those that are missing are drawn.
 
         Raises
         ------
         ConfigurationError
             If a parameter is out of range.
-        CalibrationError, NonFiniteError
-            If X is no matrix, or not finite.
         CheckpointError
             If the checkpoint is of another run.
+        ValueError
+            If scikit-learn refuses the data.
         """
-        model = self._model()
         run = truncated_em(
-            model,
-            _tensor(X),
+            self.model(),
+            checked(self, X, fitting=True),
             self.n_steps,
             self.schedule if self.annealing is None else self.annealing,
-            seed=self.random_state,
+            seed=drawn_seed(self.random_state),
             start=start,
             checkpoint=self.checkpoint,
             progress=self.verbose,
         )
         self.parameters_, self.history_ = run.parameters, run.history
-        self.n_features_in_ = run.parameters["components"].shape[1]
+        self.components_ = run.parameters["components"].cpu().numpy()
+        self.prior_ = self._prior(run.parameters["prior"].cpu().numpy())
+        noise = run.parameters["noise"].cpu().numpy()
+        self.noise_ = float(noise) if noise.ndim == 0 else noise
+        self.n_components_ = len(self.components_)
         return self
 
-    @property
-    def components_(self) -> np.ndarray:
-        """``(n_components, n_features)``."""
-        return self._learnt("components")
-
-    @property
-    def prior_(self) -> Any:
-        """Probability that a cause is active."""
-        prior = self._learnt("prior")
-        return float(prior.sum())
-
-    @property
-    def noise_(self) -> Any:
-        """Variance of the noise."""
-        noise = self._learnt("noise")
-        return float(noise) if noise.ndim == 0 else noise
-
-    def _learnt(self, name: str) -> np.ndarray:
-        return self._parameters()[name].cpu().numpy()
-
-    def _parameters(self) -> Parameters:
-        if not hasattr(self, "parameters_"):
-            raise AttributeError(f"this {type(self).__name__} is not fitted yet; call fit first")
-        return self.parameters_
+    def _prior(self, prior: np.ndarray) -> Any:
+        return float(prior[0])
 
     # ------------------------------------------------------------------------------------------- using
 
     @torch.no_grad()
-    def transform(self, X: Array) -> Array:
-        """Posterior means of the causes, ``(n_samples, n_components)``."""
-        model, parameters = self._model(), self._parameters()
-        prepared = model.prepare(parameters, 1.0)
-        blocks = posteriors(model, prepared, self._points(X))
-        return _like(X, torch.cat([model.means(prepared, block, q) for block, q, _ in blocks]))
+    def _codes(self, rows: Tensor) -> Tensor:
+        model = self.model()
+        prepared = model.prepare(self.parameters_, 1.0)
+        found = posteriors(model, prepared, rows.to(torch.float64))
+        return torch.cat([model.means(prepared, block, q) for block, q, _ in found]).to(rows.dtype)
 
-    def fit_transform(self, X: Array, y: object = None) -> Array:
-        """Learn, and code the same points."""
-        return self.fit(X).transform(X)
+    def _rows(self, codes: Tensor) -> Tensor:
+        return self.model().combine(codes, self.parameters_["components"].to(codes))
 
     @torch.no_grad()
-    def inverse_transform(self, codes: Array) -> Array:
-        """What causes of these values make together, ``(n_samples, n_features)``."""
-        components = self._parameters()["components"]
-        values = checked(_tensor(codes), len(components)).to(components.device)
-        return _like(codes, self._model().combine(values, components))
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Truncated log-likelihood of each point ``(n,)``; with other `h_prime` or `gamma` it cannot be compared."""
+        model, rows = self.model(), self._points(X)
+        found = posteriors(model, model.prepare(self.parameters_, 1.0), rows)
+        return torch.cat([evidence for _, _, evidence in found]).numpy()
 
-    @torch.no_grad()
-    def score_samples(self, X: Array) -> Array:
-        """Truncated log-likelihood of each point; values of different `h_prime` or `gamma` cannot be compared."""
-        model, parameters = self._model(), self._parameters()
-        blocks = posteriors(model, model.prepare(parameters, 1.0), self._points(X))
-        return _like(X, torch.cat([evidence for _, _, evidence in blocks]))
-
-    def score(self, X: Array, y: object = None) -> float:
+    def score(self, X: Any, y: Any = None) -> float:
         """Mean truncated log-likelihood of the points."""
         return float(self.score_samples(X).mean())
 
-    @torch.no_grad()
-    def sample(self, n_samples: int = 1, random_state: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Draw from the model: points ``(n_samples, n_features)``, and their causes ``(n_samples, n_components)``."""
-        return sample(self._model(), self._parameters(), n_samples, random_state)
+    def sample(self, n_samples: int = 1, random_state: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Draw from what was learnt: points ``(n_samples, features)``, and their causes ``(n_samples, components)``."""
+        check_is_fitted(self)
+        x, codes = draw(self.model(), self.parameters_, n_samples, drawn_seed(random_state))
+        return x.numpy(), codes.numpy()
 
     def inference(
         self,
-        X: Array,
+        X: Any,
         top_k: int = 10,
         adaptive: bool = True,
         h_prime_max: int | None = None,
         gamma_max: int | None = None,
     ) -> Inference:
         """The most probable states of each point; see :func:`~gossamer.coding.inference.infer`."""
-        model = self._model()
-        return infer(model, self._parameters(), self._points(X), top_k, adaptive, h_prime_max, gamma_max)
+        rows = self._points(X)
+        return infer(self.model(), self.parameters_, rows, top_k, adaptive, h_prime_max, gamma_max)
 
-    def _points(self, X: Array) -> Tensor:
-        components = self._parameters()["components"]
-        return checked(_tensor(X), components.shape[1]).to(components.device)
-
-    # ------------------------------------------------------------------------------------------- parameters
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name."""
-        return {name: getattr(self, name) for name in self._names()}
-
-    def set_params(self, **params: Any) -> ProbabilisticCoder:
-        """Change parameters."""
-        for name, value in params.items():
-            if name not in self._names():
-                raise ConfigurationError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self._names())}")
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self) -> str:
-        default = {name: each.default for name, each in inspect.signature(type(self).__init__).parameters.items()}
-        changed = [f"{name}={value!r}" for name, value in self.get_params().items() if value != default[name]]
-        return f"{type(self).__name__}({', '.join(changed)})"
+    def _points(self, X: Any) -> Tensor:
+        check_is_fitted(self)
+        return checked(self, X, fitting=False).to(torch.float64)
 
 
 class BSC(ProbabilisticCoder):
@@ -255,8 +224,9 @@ class BSC(ProbabilisticCoder):
     (50, 3)
     """
 
-    def _model(self) -> LatentModel:
-        return DiscreteModel(*self._sizes(), selection="cosine", learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return DiscreteModel(*self._sizes(), selection="cosine", **self._options(False))
 
 
 class TSC(ProbabilisticCoder):
@@ -267,8 +237,9 @@ class TSC(ProbabilisticCoder):
 
     schedule = Annealing(temperature=((0.0, 2.0), (0.7, 1.0)))
 
-    def _model(self) -> LatentModel:
-        return DiscreteModel(*self._sizes(), values=(-1.0, 1.0), tied=True, learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return DiscreteModel(*self._sizes(), values=(-1.0, 1.0), tied=True, **self._options(False))
 
 
 class DSC(ProbabilisticCoder):
@@ -276,8 +247,10 @@ class DSC(ProbabilisticCoder):
 
     Parameters
     ----------
-    n_components, h_prime, gamma, n_steps, annealing, learn, random_state, checkpoint, verbose
+    n_components, h_prime, gamma, n_steps, annealing, anneal_prior
         As of :class:`ProbabilisticCoder`; cooled from temperature 2.
+    learn, sparse_output, random_state, checkpoint, verbose
+        As there.
     values
         The alphabet; zero may be named or not.
 
@@ -300,8 +273,10 @@ class DSC(ProbabilisticCoder):
         gamma: int = 5,
         n_steps: int = 150,
         annealing: Annealing | None = None,
+        anneal_prior: bool | None = None,
         learn: Sequence[str] | None = None,
-        random_state: int = 0,
+        sparse_output: bool = False,
+        random_state: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         verbose: bool = False,
     ):
@@ -311,25 +286,21 @@ class DSC(ProbabilisticCoder):
             gamma=gamma,
             n_steps=n_steps,
             annealing=annealing,
+            anneal_prior=anneal_prior,
             learn=learn,
+            sparse_output=sparse_output,
             random_state=random_state,
             checkpoint=checkpoint,
             verbose=verbose,
         )
         self.values = values
 
-    def _model(self) -> LatentModel:
-        return DiscreteModel(*self._sizes(), values=tuple(v for v in self.values if v != 0), learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return DiscreteModel(*self._sizes(), values=tuple(v for v in self.values if v != 0), **self._options(False))
 
-    @property
-    def values_(self) -> np.ndarray:
-        """The alphabet, zero first."""
-        return np.array([0.0, *(value for value in self.values if value != 0)])
-
-    @property
-    def prior_(self) -> np.ndarray:
-        """Probability of each of ``values_``."""
-        prior = self._learnt("prior")
+    def _prior(self, prior: np.ndarray) -> np.ndarray:
+        self.values_ = np.array([0.0, *(value for value in self.values if value != 0)])
         return np.concatenate([[1 - prior.sum()], prior])
 
 
@@ -341,8 +312,9 @@ class MCA(ProbabilisticCoder):
 
     schedule = Annealing(temperature=((0.0, 4.0), (0.8, 1.0)))
 
-    def _model(self) -> LatentModel:
-        return MaximalModel(*self._sizes(), learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return MaximalModel(*self._sizes(), **self._options(True))
 
 
 class MMCA(ProbabilisticCoder):
@@ -353,8 +325,9 @@ class MMCA(ProbabilisticCoder):
 
     schedule = Annealing(temperature=((0.0, 4.0), (0.8, 1.0)))
 
-    def _model(self) -> LatentModel:
-        return MaximalModel(*self._sizes(), signed=True, learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return MaximalModel(*self._sizes(), signed=True, **self._options(True))
 
 
 class GSC(ProbabilisticCoder):
@@ -362,8 +335,10 @@ class GSC(ProbabilisticCoder):
 
     Parameters
     ----------
-    n_components, h_prime, gamma, n_steps, annealing, learn, random_state, checkpoint, verbose
+    n_components, h_prime, gamma, n_steps, annealing, anneal_prior
         As of :class:`ProbabilisticCoder`; cooled from temperature 4.
+    learn, sparse_output, random_state, checkpoint, verbose
+        As there.
     noise
         Covariance of the noise: ``"scalar"``, ``"diagonal"`` or ``"full"``.
     slab
@@ -390,8 +365,10 @@ class GSC(ProbabilisticCoder):
         gamma: int = 4,
         n_steps: int = 150,
         annealing: Annealing | None = None,
+        anneal_prior: bool | None = None,
         learn: Sequence[str] | None = None,
-        random_state: int = 0,
+        sparse_output: bool = False,
+        random_state: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         verbose: bool = False,
     ):
@@ -401,48 +378,20 @@ class GSC(ProbabilisticCoder):
             gamma=gamma,
             n_steps=n_steps,
             annealing=annealing,
+            anneal_prior=anneal_prior,
             learn=learn,
+            sparse_output=sparse_output,
             random_state=random_state,
             checkpoint=checkpoint,
             verbose=verbose,
         )
         self.noise, self.slab = noise, slab
 
-    def _model(self) -> LatentModel:
-        return SpikeSlabModel(*self._sizes(), noise=self.noise, slab=self.slab, learn=self.learn)
+    def model(self) -> LatentModel:
+        """The generative model."""
+        return SpikeSlabModel(*self._sizes(), noise=self.noise, slab=self.slab, **self._options(True))
 
-    @property
-    def prior_(self) -> np.ndarray:
-        """Probability of each cause."""
-        return self._learnt("prior")
-
-    @property
-    def slab_mean_(self) -> np.ndarray:
-        """Mean strengths, ``(n_components,)``."""
-        return self._learnt("slab_mean")
-
-    @property
-    def slab_covariance_(self) -> np.ndarray:
-        """Covariance of the strengths, ``(n_components, n_components)``."""
-        return self._learnt("slab_covariance")
-
-
-@torch.no_grad()
-def sample(model: LatentModel, parameters: Parameters, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draw points ``(count, D)`` and their causes ``(count, H)`` from a model, without any limit on active causes."""
-    if count < 1:
-        raise ConfigurationError(f"n_samples is {count}; draw at least one point")
-    generator = generator_for("samples of a latent model", seed)
-    codes = model.draw(parameters, count, generator)
-    components, noise = parameters["components"].cpu(), parameters["noise"].cpu()
-    drawn = torch.randn(count, components.shape[1], generator=generator, dtype=torch.float64)
-    drawn = drawn @ torch.linalg.cholesky(noise).T if noise.dim() == 2 else drawn * noise.sqrt()
-    return (model.combine(codes, components) + drawn).numpy(), codes.numpy()
-
-
-def _tensor(X: Array) -> Tensor:
-    return X if isinstance(X, Tensor) else torch.from_numpy(np.ascontiguousarray(X, dtype=np.float64))
-
-
-def _like(given: Array, found: Tensor) -> Array:
-    return found if isinstance(given, Tensor) else found.cpu().numpy()
+    def _prior(self, prior: np.ndarray) -> np.ndarray:
+        self.slab_mean_ = self.parameters_["slab_mean"].cpu().numpy()
+        self.slab_covariance_ = self.parameters_["slab_covariance"].cpu().numpy()
+        return prior

@@ -202,15 +202,10 @@ class SpikeSlabModel(LatentModel):
         mean = prepared.mean[causes]
         pull = (slab @ mean[..., None])[..., 0]
         gain = -((pull * mean).sum(-1) + of_slab + of_posterior) / 2
-        force = block.projection[:, causes[0]] if len(causes) == 1 else _gathered(block.projection, causes[member])
-        force = force + (pull if len(causes) == 1 else pull[member])
-        if causes.shape[-1] == 1:
-            means = force * covariance[..., 0] if len(causes) == 1 else force * covariance[member][..., 0]
-        elif len(causes) == 1:
-            means = torch.einsum("sij,nsj->nsi", covariance[0], force)
-        else:
-            means = (covariance[member] @ force[..., None])[..., 0]
-        fit = (means * force).sum(-1) / 2 + (gain if len(causes) == 1 else gain[member])
+        place = causes[member]
+        force = block.projection.gather(1, place.flatten(1)).view(place.shape) + pull[member]
+        means = (covariance[member] * force[..., None, :]).sum(-1)
+        fit = (means * force).sum(-1) / 2 + gain[member]
         return _Supports(causes, covariance, member, means, columns), fit
 
     def log_joint(self, prepared: _Prepared, block: Block) -> Tensor:
@@ -293,11 +288,6 @@ class SpikeSlabModel(LatentModel):
         z = torch.randn(count, self.n_components, generator=generator, dtype=torch.float64)
         z = parameters["slab_mean"].cpu() + z @ torch.linalg.cholesky(parameters["slab_covariance"].cpu()).T
         return (drawn < parameters["prior"].cpu()) * z
-
-
-def _gathered(projection: Tensor, causes: Tensor) -> Tensor:
-    """What points have in common with causes of their own, ``(points, states, size)``."""
-    return projection.gather(1, causes.flatten(1)).view(causes.shape)
 
 
 def _by_set(values: Tensor, member: Tensor, sets: int) -> Tensor:

@@ -83,7 +83,7 @@ def truncated_em(
     annealing
         How they are cooled; the published schedule by default.
     seed
-        Of the initial parameters, jitter and batches; the same on all processes.
+        Of the initial parameters, jitter and batches; among several processes that of the first counts.
     start
         Parameters to start from instead of the model's own; those that are missing are the model's.
     checkpoint
@@ -120,7 +120,7 @@ def truncated_em(
     annealing = Annealing() if annealing is None else annealing
     if steps < 1 or every < 1:
         raise ConfigurationError(f"steps is {steps} and every {every}; both must be at least 1")
-    x = checked(x)
+    x, seed = checked(x), _seed_of_all(seed, x.device)
     facts = _facts(model, x, steps, annealing, seed)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
@@ -208,7 +208,7 @@ def _totals(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Sums of this process over the points that are used, and of their evidence."""
     prepared = model.prepare(parameters, temperature)
-    used = _count_used(len(x), model.coverage(parameters), cut)
+    used = None if cut <= 0 else _count_used(x, model.coverage(parameters), cut)
     passes: Any = posteriors(model, prepared, x)
     threshold = -torch.inf
     if used is not None:
@@ -231,21 +231,20 @@ def _totals(
     return totals, energy
 
 
-def _count_used(points: int, coverage: float, cut: float) -> int | None:
-    """How many points of all processes are used, or None for all."""
-    if cut <= 0:
-        return None
-    total = int(_over_processes({"points": torch.tensor(float(points), dtype=torch.float64)})["points"])
+def _count_used(x: Tensor, coverage: float, cut: float) -> int:
+    """How many points of all processes are used."""
+    total = int(_over_processes({"points": x.new_tensor(float(len(x)))})["points"])
     return max(1, int(total * (1 - (1 - coverage) * cut)))
 
 
 def _largest(evidence: Tensor, count: int) -> float:
     """The evidence that so many points of all processes reach."""
     if ranks() > 1:
-        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(ranks())]
-        torch.distributed.all_gather(lengths, torch.tensor(len(evidence)))
+        own = torch.tensor(len(evidence), device=evidence.device)
+        lengths = [torch.empty_like(own) for _ in range(ranks())]
+        torch.distributed.all_gather(lengths, own)
         longest = int(torch.stack(lengths).max())
-        padded = torch.full((longest,), -torch.inf, dtype=evidence.dtype)
+        padded = evidence.new_full((longest,), -torch.inf)
         padded[: len(evidence)] = evidence
         parts = [torch.empty_like(padded) for _ in range(ranks())]
         torch.distributed.all_gather(parts, padded)
@@ -268,6 +267,15 @@ def _over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     torch.distributed.all_reduce(message)
     parts = message.split([value.numel() for value in totals.values()])
     return {name: part.view_as(value) for (name, value), part in zip(totals.items(), parts, strict=True)}
+
+
+def _seed_of_all(seed: int, device: torch.device) -> int:
+    """The seed of the first process."""
+    if ranks() == 1:
+        return seed
+    shared = torch.tensor(seed, device=device)
+    torch.distributed.broadcast(shared, 0)
+    return int(shared)
 
 
 def _rank() -> int:
@@ -298,7 +306,7 @@ def _facts(model: LatentModel, x: Tensor, steps: int, annealing: Annealing, seed
     sizes = (model.n_components, model.h_prime, model.gamma, model.values)
     sums = _over_processes({"points": x.new_tensor(float(len(x))), "sum": x.sum(), "square": x.square().sum()})
     return {
-        "model": f"{type(model).__name__}{sizes}, learning {', '.join(model.learn)}",
+        "model": f"{type(model).__name__}{sizes}, learning {', '.join(model.learn)}, {model.anneal_prior=}",
         "data": f"{int(sums['points'])} points of {x.shape[1]} dimensions: {sums['sum']:.6e}, {sums['square']:.6e}",
         "schedule": f"{steps} steps of {annealing}, seed {seed}",
     }
