@@ -194,5 +194,16 @@ def test_pieces_of_bytes_add_up_to_the_text(text):
     assert "".join(pieces) == bytes(ids).decode()
 
 
+class Spaced:
+    """A tokenizer whose decoder drops the space in front of a text, as those of SentencePiece do."""
+
+    def decode(self, ids, **_):
+        return " ".join("abc"[i] for i in ids)
+
+
+def test_pieces_keep_spaces_that_a_token_alone_does_not_show():
+    assert token_pieces(Spaced(), [0, 1, 1]) == ("a", " b", " b")
+
+
 def test_a_cut_letter_at_the_end_is_kept_as_the_decoder_writes_it():
     assert "".join(token_pieces(Bytes(), "é".encode()[:1])) == "\ufffd"

@@ -50,6 +50,17 @@ def test_latents_are_explained_and_scored_once(builder, tmp_path):
     assert read_interpretations(path) == sorted(found, key=lambda f: f.latent)
 
 
+def test_latents_may_be_interpreted_side_by_side(builder, tmp_path):
+    latents = [THE, NUMBER, AFTER_THE, RARE]
+    alone, together = (
+        interpret(builder, latents, TokenExplainer(), SCORERS, tmp_path / str(n), progress=False, workers=n)
+        for n in (1, 4)
+    )
+    assert alone == together
+    with pytest.raises(ConfigurationError, match="workers is 0"):
+        interpret(builder, latents, TokenExplainer(), SCORERS, tmp_path / "none", progress=False, workers=0)
+
+
 def test_another_study_is_refused(builder, tmp_path):
     path = tmp_path / "found.jsonl"
     interpret(builder, [THE], Counting(), SCORERS, path, {"model": "a"}, progress=False)
@@ -57,7 +68,7 @@ def test_another_study_is_refused(builder, tmp_path):
         interpret(builder, [THE], Counting(), SCORERS, path, {"model": "b"}, progress=False)
     with pytest.raises(ModelError, match="other scorers"):
         interpret(builder, [THE], Counting(), SCORERS[:1], path, {"model": "a"}, progress=False)
-    with pytest.raises(ModelError, match="a name of its own"):
+    with pytest.raises(ConfigurationError, match="a name of its own"):
         interpret(builder, [THE], Counting(), SCORERS[:1] * 2, path, progress=False)
 
 

@@ -183,8 +183,8 @@ def _probabilities(answer: Any, options: Sequence[str]) -> list[float] | None:
             said = str(token["token"]).strip()
         except (KeyError, TypeError, ValueError):
             break
-        if any(said and said.startswith(option) for option in options):
-            found = [sum(math.exp(p) for text, p in likely if text.startswith(option)) for option in options]
+        if said in options:
+            found = [sum(math.exp(p) for text, p in likely if text == option) for option in options]
             return [p / sum(found) for p in found] if sum(found) > 0 else None
     text = _text(answer)
     found_at = re.search("|".join(rf"(?<!\w){re.escape(option)}(?!\w)" for option in options), text or "")

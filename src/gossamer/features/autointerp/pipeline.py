@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.core.progress import track
-from gossamer.errors import CalibrationError, CheckpointError, ModelError, OutputError
+from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, ModelError, OutputError
 from gossamer.features.autointerp.examples import ExampleBuilder
 from gossamer.features.autointerp.explainers import Explainer
 from gossamer.features.autointerp.score import Score, mean_interval
@@ -63,6 +64,7 @@ def interpret(
     path: Path | str,
     study: Mapping[str, Any] | None = None,
     progress: bool = True,
+    workers: int = 1,
 ) -> list[Interpretation]:
     """Explain latents and score the explanations.
 
@@ -87,6 +89,8 @@ def interpret(
         of other examples or scorers, is refused.
     progress
         Whether to show a progress bar.
+    workers
+        Latents at a time. More than one is for language models behind a server; one in this process works alone.
 
     Returns
     -------
@@ -107,16 +111,37 @@ def interpret(
         "scorers": names,
         "study": dict(study or {}),
     }
+    if workers < 1:
+        raise ConfigurationError(f"workers is {workers}; it must be at least 1")
     if len(set(names)) < len(names):
-        raise ModelError(f"scorers are called {', '.join(names)}; give each a name of its own")
+        raise ConfigurationError(f"scorers are called {', '.join(names)}; give each a name of its own")
     file = Path(path)
     known = _begin(file, json.loads(json.dumps(about)))
     wanted = list(latents)
     missing = [latent for latent in dict.fromkeys(wanted) if latent not in known]
-    for latent in track(missing, "interpreting latents", enabled=progress):
-        known[latent] = _interpreted(builder, latent, explainer, scorers)
-        _append(file, known[latent].to_dict())
+
+    def work(latent: int) -> Interpretation:
+        return _interpreted(builder, latent, explainer, scorers)
+
+    for done in track(_done(work, missing, workers), "interpreting latents", len(missing), enabled=progress):
+        known[done.latent] = done
+        _append(file, done.to_dict())
     return [known[latent] for latent in wanted]
+
+
+def _done(work: Callable[[int], Interpretation], latents: Sequence[int], workers: int) -> Iterator[Interpretation]:
+    """Interpretations as they are finished."""
+    if workers == 1:
+        yield from map(work, latents)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(work, latent) for latent in latents]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
 
 
 def _interpreted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -112,12 +113,30 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> tuple[st
         Ids, ``(n,)``.
     """
     ids = [int(token) for token in tokens]
+    alone = _pieces_alone(tokenizer, ids)
+    # most tokens read the same alone and in a text, and are then looked up instead of decoded
+    if "".join(alone) == _decoded(tokenizer, ids) and not any(_UNFINISHED in piece for piece in alone):
+        return tuple(alone)
     pieces: list[str] = []
     done = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False, skip_special_tokens=False)
+        text = _decoded(tokenizer, ids[:end])
         whole = len(text) if end == len(ids) else len(text.rstrip(_UNFINISHED))
         whole = max(whole, done)
         pieces.append(text[done:whole])
         done = whole
     return tuple(pieces)
+
+
+_known: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+
+
+def _pieces_alone(tokenizer: Any, ids: list[int]) -> list[str]:
+    known = _known.setdefault(tokenizer, {})
+    for token in set(ids) - known.keys():
+        known[token] = _decoded(tokenizer, [token])
+    return [known[token] for token in ids]
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False, skip_special_tokens=False))
