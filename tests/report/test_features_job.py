@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model, word_tokenizer
@@ -25,7 +26,7 @@ from gossamer.features.autointerp.pipeline import read_interpretations
 from gossamer.features.exploration import ExplorationSettings
 from gossamer.features.prepared import DictionarySettings, prepare
 from gossamer.features.saelens_format import load_saelens, save_saelens
-from gossamer.report.features_job import FeaturesJob
+from gossamer.report.features_job import FeaturesJob, spread_features
 
 
 @pytest.fixture
@@ -158,6 +159,14 @@ def test_explanations_are_taken_from_a_file_and_refused_for_another_autoencoder(
     assert not (tmp_path / "refused").exists()
 
 
+def test_features_are_explained_from_the_most_to_the_least_active():
+    counts = np.array([5, 300, 100, 0, 900, 200, 99])
+    assert spread_features(counts, 3) == [4, 1, 2]
+    assert spread_features(counts, 10) == [4, 1, 5, 2]
+    assert spread_features(counts, 0) == []
+    assert spread_features(np.zeros(4, int), 3) == []
+
+
 def test_what_cannot_be_asked_for_is_refused(source, tmp_path):
     for changes, kind, message in (
         ({"k": 41}, ConfigurationError, "k is 41 and width 40; a token cannot have more"),
@@ -173,6 +182,8 @@ def test_what_cannot_be_asked_for_is_refused(source, tmp_path):
             prepare(settings(source, **changes), progress=False)
     with pytest.raises(ConfigurationError, match="feature 40 does not exist"):
         job(source, tmp_path / "out", steer=(40,)).run()
+    with pytest.raises(ConfigurationError, match=r"strengths are \[nan\]; give finite numbers"):
+        job(source, tmp_path / "out", strengths=(float("nan"),)).run()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         job(source, tmp_path / "file").run()
@@ -190,8 +201,8 @@ def test_a_damaged_model_is_refused(source, tmp_path):
         prepare(settings((tmp_path / "broken", source[1])), progress=False)
 
 
-def test_rules_with_a_penalty_and_rules_over_batches_are_trained(source):
-    for rule in ("relu", "jumprelu", "batch-topk", "feature-choice"):
+def test_every_rule_is_trained_and_kept(source):
+    for rule in prepared_module.RULES:
         ready = prepare(settings(source, rule=rule), progress=False)
         assert ready.sae.n_features == 40
 

@@ -84,6 +84,7 @@ class Visit:
     """A page in a browser, and whatever went wrong on it."""
 
     def __init__(self, browser, file, viewport=DESKTOP, scheme="light", address=""):
+        self.expect = pytest.importorskip("playwright.sync_api").expect
         self.context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=viewport is PHONE)
         self.page, self.wrong, self.asked = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.wrong.append(message.text))
@@ -102,15 +103,15 @@ class Visit:
             assert len(self.asked) == 1, "the page itself, and nothing else"
 
     def opened(self, feature):
-        """Wait until a feature is shown; nothing is evaluated in the page, which its policy would forbid."""
-        self.page.locator("#detail > h3").get_by_text(f"Feature {feature}", exact=True).wait_for()
+        """Wait until a feature is shown."""
+        self.expect(self.page.locator("#detail > h3")).to_have_text(f"Feature {feature}")
 
     def text(self, selector):
         return self.page.inner_text(selector)
 
     def search(self, words):
         self.page.fill("#query", words)
-        self.page.wait_for_timeout(300)
+        self.expect(self.page.locator("#list")).to_have_attribute("data-searched", words)
         return [int(row.replace("#", "")) for row in self.page.locator(".row b").all_inner_texts()]
 
 
@@ -166,8 +167,7 @@ def test_the_keyboard_reaches_everything(browser, file):
         page.keyboard.type("#42")
         page.keyboard.press("Enter")
         visit.opened(42)
-        page.fill("#query", "")
-        page.wait_for_timeout(300)
+        visit.search("")
         page.focus("#list")
         page.keyboard.press("ArrowDown")
         visit.opened(43)
@@ -212,11 +212,12 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser, file):
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.locator(".row").nth(2).tap()
         visit.opened(2)
-        assert page.evaluate("document.querySelector('#detail').getBoundingClientRect().top") < 740
+        visit.expect(page.locator("#detail > h3")).to_be_in_viewport()
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.locator("#detail .t").first.tap()
+        assert "touched: " in page.locator("#detail .where").first.inner_text()
         page.click("text=Back to the list")
-        page.wait_for_timeout(200)
-        assert 0 <= page.evaluate("document.querySelector('#query').getBoundingClientRect().top") < 740
+        visit.expect(page.locator("#query")).to_be_in_viewport()
 
 
 @pytest.mark.slow

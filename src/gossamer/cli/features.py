@@ -21,7 +21,9 @@ def features(
     sae: Annotated[str | None, typer.Option(help="directory of an autoencoder in the format of SAELens")] = None,
     width: Annotated[int | None, typer.Option(help="features; by default eight times the activation's size")] = None,
     k: Annotated[int, typer.Option(help="features that are active on a token")] = 32,
-    rule: Annotated[str, typer.Option(help="topk, batch-topk, feature-choice, relu or jumprelu")] = "topk",
+    rule: Annotated[
+        str, typer.Option(help="topk, batch-topk, feature-choice, phased, matching-pursuit, relu, jumprelu")
+    ] = "topk",
     sparsity: Annotated[float, typer.Option(help="weight of the penalty of relu and jumprelu")] = 3e-3,
     tokens: Annotated[int, typer.Option(help="of text to train on and to look at")] = 100_000,
     text: Annotated[
@@ -33,7 +35,7 @@ def features(
     learning_rate: Annotated[float, typer.Option(help="of training")] = 1e-3,
     seed: Annotated[int, typer.Option(help="of the text, the training and the steered texts")] = 0,
     explanations: Annotated[Path | None, typer.Option(help="file of explanations; by default made offline")] = None,
-    explain: Annotated[int, typer.Option(help="features to explain, the most active first")] = 64,
+    explain: Annotated[int, typer.Option(help="features to explain, spread over all")] = 100,
     steer: Annotated[
         str | None, typer.Option(help="numbers of features to steer, separated by commas; by default some are chosen")
     ] = None,

@@ -20,6 +20,8 @@ from gossamer.features.activation_rules import ActivationRule, FeatureChoice, Ju
 from gossamer.features.latent_cache import LatentCache
 from gossamer.features.latent_capture import cache_of_store
 from gossamer.features.latent_facts import encoder_fingerprint
+from gossamer.features.matching_pursuit import MatchingPursuitSAE
+from gossamer.features.phased_choice import PhasedChoice
 from gossamer.features.sae import SAE
 from gossamer.features.saelens_format import load_saelens, save_saelens
 from gossamer.features.store import ActivationStore, capture, find_site, model_fingerprint
@@ -28,12 +30,8 @@ from gossamer.features.training import TrainingSettings, train
 from gossamer.models import calibration_batches, load, read_text
 from gossamer.models.packages import cache_directory
 
-COUNTED: dict[str, Callable[[int], ActivationRule]] = {
-    "topk": TopK,
-    "batch-topk": MutualChoice,
-    "feature-choice": FeatureChoice,
-}
-PENALISED: dict[str, Callable[[], ActivationRule]] = {"relu": ReLU, "jumprelu": JumpReLU}
+PENALISED = ("relu", "jumprelu")
+RULES = ("topk", "batch-topk", "feature-choice", "phased", "matching-pursuit", *PENALISED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,8 @@ class DictionarySettings:
     k
         Features of a token, for rules that count them.
     rule
-        ``topk``, ``batch-topk``, ``feature-choice``, ``relu`` or ``jumprelu``.
+        ``topk``, ``batch-topk``, ``feature-choice``, ``phased`` (the one for four fifths of the steps, then the other),
+        ``matching-pursuit``, ``relu`` or ``jumprelu``.
     sparsity
         Weight of the penalty that ``relu`` and ``jumprelu`` need.
     tokens, length
@@ -89,14 +88,13 @@ class DictionarySettings:
     stored: str = "float16"
 
     def __post_init__(self) -> None:
-        known = [*COUNTED, *PENALISED]
-        if self.rule not in known:
-            raise UnknownNameError("rule", self.rule, known)
+        if self.rule not in RULES:
+            raise UnknownNameError("rule", self.rule, RULES)
         if self.width is not None and self.width < 2:
             raise ConfigurationError(f"width is {self.width}; there must be 2 features or more")
         if self.k < 1:
             raise ConfigurationError(f"k is {self.k}; it must be at least 1, such as 32")
-        if self.sae is None and self.rule in COUNTED and self.width is not None and self.k > self.width:
+        if self.sae is None and self.rule not in PENALISED and self.width is not None and self.k > self.width:
             raise ConfigurationError(
                 f"k is {self.k} and width {self.width}; a token cannot have more than all features"
             )
@@ -109,9 +107,20 @@ class DictionarySettings:
         if not self.sparsity > 0:
             raise ConfigurationError(f"sparsity is {self.sparsity}; it must be above 0")
 
-    def activation(self) -> ActivationRule:
-        """The rule, new."""
-        return COUNTED[self.rule](self.k) if self.rule in COUNTED else PENALISED[self.rule]()
+    def autoencoder(self, size: int) -> SAE:
+        """Of activations of so many numbers, not trained yet."""
+        width = self.width or 8 * size
+        if self.rule == "matching-pursuit":
+            return MatchingPursuitSAE(size, width, self.k, seed=self.seed)
+        rules: dict[str, Callable[[], ActivationRule]] = {
+            "topk": lambda: TopK(self.k),
+            "batch-topk": lambda: MutualChoice(self.k),
+            "feature-choice": lambda: FeatureChoice(self.k),
+            "phased": lambda: PhasedChoice(self.k, max(1, 4 * self.steps // 5)),
+            "relu": ReLU,
+            "jumprelu": JumpReLU,
+        }
+        return SAE(size, width, rules[self.rule](), self.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,12 +256,11 @@ def _trained(
     progress: bool,
     say: Callable[[str], None],
 ) -> SAE:
-    width = settings.width or 8 * store.facts.size
     file = folder / "sae"
     if not file.is_dir():
-        say(f"training {width:,} features with {settings.rule}, kept in {folder}")
+        sae = settings.autoencoder(store.facts.size).to(settings.device)
+        say(f"training {sae.n_features:,} features with {settings.rule}, kept in {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-        sae = SAE(store.facts.size, width, settings.activation(), settings.seed).to(settings.device)
         batch = min(settings.batch_size, len(store))
         how = TrainingSettings(
             steps=settings.steps,

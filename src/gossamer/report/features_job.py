@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class FeaturesJob:
     explanations
         File that :func:`~gossamer.features.autointerp.pipeline.interpret` has written; None explains offline.
     explain
-        Features to explain, those that are active most often first; 0 explains none.
+        Features to explain, spread evenly from the most to the least active; 0 explains none.
     steer
         Features to steer; None chooses some that say much about the next token.
     strengths, prompts
@@ -66,7 +67,7 @@ class FeaturesJob:
     output: Path
     exploration: ExplorationSettings = field(default_factory=ExplorationSettings)
     explanations: Path | None = None
-    explain: int = 64
+    explain: int = 100
     steer: Sequence[int] | None = None
     strengths: Sequence[float] = (1.0, 2.0)
     prompts: Sequence[str] = PROMPTS
@@ -92,6 +93,8 @@ class FeaturesJob:
         """
         if self.explain < 0:
             raise ConfigurationError(f"explain is {self.explain}; it must be 0 or more")
+        if not self.strengths or not all(map(math.isfinite, self.strengths)):
+            raise ConfigurationError(f"strengths are {list(self.strengths)}; give finite numbers, such as 1 and 2")
         with atomic_directory(self.output, overwrite=self.overwrite) as directory:
             ready = prepare(self.dictionary, self.progress, self.say)
             given = None if self.explanations is None else _given(self.explanations, ready)
@@ -103,7 +106,7 @@ class FeaturesJob:
             said = self._explained(ready, found, _kept(ready)) if given is None else given
             chosen = speaking_features(found) if self.steer is None else list(self.steer)
             steered = self._steered(ready, found, chosen)
-            record = self._record(ready, found, quality, said, chosen)
+            record = self._record(ready, found, quality, said, list(steered))
             texts = token_texts(ready.tokenizer, _listed(found))
             page = FeaturesPage(record, found, ready.cache, texts, said, steered, self.strengths)
             write_features_page(page, directory / "features.html", self.progress)
@@ -115,10 +118,10 @@ class FeaturesJob:
         return record
 
     def _explained(self, ready: Prepared, found: Exploration, file: Path) -> dict[int, Interpretation]:
-        """Explanations of the features that are active most often; those with too little text have none."""
+        """Explanations of features; those with too little text have none."""
         builder = ExampleBuilder(CachedActivity(ready.cache), ready.tokenizer, _EXAMPLES)
         judge = OfflineJudge()
-        order = np.argsort(-found.statistics.counts, kind="stable")[: self.explain].tolist()
+        order = spread_features(found.statistics.counts, self.explain)
         scorers = DetectionScorer(judge), FuzzingScorer(judge)
         study = _study(ready)
         said = interpret(builder, order, TokenExplainer(), scorers, file, study, self.progress)
@@ -147,7 +150,7 @@ class FeaturesJob:
         found: Exploration,
         quality: SpliceReport,
         explanations: dict[int, Interpretation],
-        steered: Sequence[int],
+        steered: list[int],
     ) -> dict[str, Any]:
         name, cache = short_name(self.dictionary.model), ready.cache
         rule = ready.sae.activation.settings()
@@ -173,7 +176,7 @@ class FeaturesJob:
             },
             "explained": sum(bool(said.explanation) for said in explanations.values()),
             "explainer": _EXPLAINER if self.explanations is None else str(self.explanations),
-            "steered": list(steered),
+            "steered": steered,
             "machine": describe_machine(),
         }
 
@@ -202,6 +205,17 @@ def _given(file: Path, ready: Prepared) -> dict[int, Interpretation]:
         raise ModelError(f"{file} explains the features of another autoencoder; give explanations of this one")
     _check_features(list(given), ready.sae.n_features)
     return given
+
+
+def spread_features(counts: np.ndarray, count: int, least: int = 100) -> list[int]:
+    """Features from the most to the least active in even steps; those that hardly ever are cannot be judged."""
+    order = np.argsort(-counts, kind="stable")
+    order = order[counts[order] >= least]
+    return (
+        [int(order[at]) for at in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
+        if len(order)
+        else []
+    )
 
 
 def speaking_features(found: Exploration, count: int = 8) -> list[int]:

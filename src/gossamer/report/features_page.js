@@ -134,6 +134,7 @@ function search() {
     : `No feature found for “${query.value.trim()}”. Tokens are looked up in what features fire on most.`;
   rows.style.height = `${shown.length * ROW}px`;
   list.scrollTop = 0;
+  list.dataset.searched = query.value;
   draw();
 }
 
@@ -318,6 +319,13 @@ list.addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "/" && !event.target.closest("input, select, textarea")) { event.preventDefault(); query.focus(); }
+});
+byId("detail").addEventListener("click", (event) => {
+  const mark = event.target.closest(".t");
+  if (!mark) return;
+  const where = mark.closest("li").querySelector(".where");
+  where.querySelector(".touched")?.remove();
+  where.append(make("span", { class: "touched" }, ` · touched: ${mark.title}`));
 });
 const addressed = () => {
   const found = /^#f(\d+)$/.exec(location.hash);
