@@ -164,7 +164,7 @@ class ProbabilisticCoder(CodeTransformer):
         return self
 
     def _prior(self, prior: np.ndarray) -> Any:
-        return float(prior[0])
+        return float(prior.sum())
 
     # ------------------------------------------------------------------------------------------- using
 
