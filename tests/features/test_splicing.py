@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.errors import CalibrationError, ModelError, UnknownNameError
-from gossamer.features.activation_rules import ReLU, TopK
+from gossamer.errors import CalibrationError, ConfigurationError, ModelError, UnknownNameError
+from gossamer.features.activation_rules import GradientTopK, ReLU, TopK
 from gossamer.features.sae import SAE
-from gossamer.features.splicing import edited, evaluate_splice
+from gossamer.features.splicing import edited, evaluate_splice, evaluate_splices
 
 
 @pytest.fixture
@@ -77,6 +77,31 @@ def test_losses_are_those_of_the_model_with_the_reconstruction_in_it(tiny_llama,
     torch.testing.assert_close(torch.tensor(report.unexplained), expected.detach(), rtol=1e-4, atol=1e-6)
     assert report.to_dict()["recovered"] == report.recovered
     assert report.active <= 3
+
+
+def test_a_reconstruction_is_compared_with_the_mean_or_with_nothing(tiny_llama, documents):
+    sae = SAE(48, 96, TopK(3)).eval()
+    by_mean, by_zero = (
+        evaluate_splice(tiny_llama, 1, sae, documents[:1], progress=False, ablation=kind) for kind in ("mean", "zero")
+    )
+    assert by_mean.spliced == by_zero.spliced
+    with torch.no_grad(), edited(tiny_llama, 1, torch.zeros_like, skip_first=1):
+        logits = tiny_llama(documents[0][None]).logits[0, :-1]
+    expected = nn.functional.cross_entropy(logits, documents[0][1:])
+    assert by_zero.ablated == pytest.approx(float(expected), rel=1e-4)
+    assert by_mean.ablated != by_zero.ablated
+    with pytest.raises(ConfigurationError, match="mean or zero"):
+        evaluate_splice(tiny_llama, 1, sae, documents, progress=False, ablation="noise")
+
+
+def test_several_are_spliced_as_each_alone_and_told_the_gradient(tiny_llama, documents):
+    saes = {"a": SAE(48, 96, TopK(3)).eval(), "b": SAE(48, 96, GradientTopK(3, beta=100.0), seed=1).eval()}
+    both = evaluate_splices(tiny_llama, 1, saes, documents, progress=False)
+    for name, sae in saes.items():
+        assert both[name] == evaluate_splice(tiny_llama, 1, sae, documents, progress=False)
+    told = evaluate_splices(tiny_llama, 1, saes, documents, progress=False, with_gradients=True)
+    assert told["a"] == both["a"]
+    assert told["b"].spliced != both["b"].spliced
 
 
 def test_what_does_not_fit_is_refused(tiny_llama, documents):

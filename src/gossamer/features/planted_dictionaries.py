@@ -135,3 +135,59 @@ class CausalFeatures:
     def downstream(self, x: Tensor) -> Tensor:
         """What is read of activations: ``(count, causal)``."""
         return x @ self.directions()[self.idle :].t()
+
+
+@dataclass(frozen=True)
+class TwoModalities:
+    """Inputs of two kinds, such as images and captions, in one space: some concepts are shared, some of one kind.
+
+    The two kinds lie apart by a constant, as the embeddings of contrastive models do.
+
+    Parameters
+    ----------
+    d
+        Size of an embedding.
+    shared, own
+        Concepts of both kinds, and of each kind alone.
+    active
+        Shared concepts of an input, and as many of its own.
+    gap
+        Length of what separates the kinds; values are around 1.
+    seed
+        Of the directions.
+    """
+
+    d: int = 64
+    shared: int = 24
+    own: int = 24
+    active: int = 2
+    gap: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.d < 1 or not 1 <= self.active <= min(self.shared, self.own) or self.gap < 0:
+            raise ConfigurationError(
+                f"d is {self.d}, active {self.active} of {self.shared} shared and {self.own} own concepts, gap "
+                f"{self.gap}; give from 1 to the smaller number, and the others from 0 up"
+            )
+
+    def directions(self) -> Tensor:
+        """The shared concepts, then those of the first and of the second kind, ``(shared + 2 · own, d)``."""
+        drawn = torch.randn(self.shared + 2 * self.own, self.d, generator=generator_for("two modalities", self.seed))
+        return normalize(drawn, dim=1)
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw embeddings ``(count, d)``, and which are of the first kind, bool ``(count,)``: every second one."""
+        is_first = torch.arange(count) % 2 == 0
+        values = torch.zeros(count, self.shared + 2 * self.own)
+        for begin, concepts, allowed in (
+            (0, self.shared, torch.ones(count, dtype=torch.bool)),
+            (self.shared, self.own, is_first),
+            (self.shared + self.own, self.own, ~is_first),
+        ):
+            active = torch.rand(count, concepts, generator=generator).argsort(1) < self.active
+            drawn = 0.5 + torch.rand(count, concepts, generator=generator)
+            values[:, begin : begin + concepts] = active * drawn * allowed[:, None]
+        apart = normalize(torch.randn(self.d, generator=generator_for("modality gap", self.seed)), dim=0)
+        sides = torch.where(is_first, 0.5, -0.5)[:, None] * self.gap * apart
+        return values @ self.directions() + sides, is_first

@@ -6,19 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.progress import track
-from gossamer.errors import CalibrationError, ModelError
+from gossamer.errors import CalibrationError, ConfigurationError, ModelError
 from gossamer.features.gradients import loss_gradient
 from gossamer.features.sae import SAE
 from gossamer.features.store import find_site
 from gossamer.measure.windows import evaluation_mode, logits_of
 from gossamer.models.blocks import run_batch
 
+Ablation = Literal["mean", "zero"]
 Edit = Callable[[Tensor], Tensor]
 """Activations ``(batch, tokens, size)`` → what takes their place."""
 
@@ -69,8 +70,8 @@ class SpliceReport:
     Attributes
     ----------
     dense, spliced, ablated
-        Mean loss of a predicted token, in nats: of the model as it is, with the reconstruction, and with the mean
-        activation in its place.
+        Mean loss of a predicted token, in nats: of the model as it is, with the reconstruction, and with a constant
+        in its place.
     divergence
         Mean Kullback–Leibler divergence of the predictions from those of the model as it is, in nats.
     unexplained
@@ -108,12 +109,13 @@ def evaluate_splice(
     skip_first: int = 1,
     progress: bool = True,
     with_gradients: bool = False,
+    ablation: Ablation = "mean",
 ) -> SpliceReport:
     """Measure what a model loses through an autoencoder in the place of a module's output.
 
     As :func:`evaluate_splices`, for a single autoencoder.
     """
-    return evaluate_splices(model, site, {"": sae}, documents, skip_first, progress, with_gradients)[""]
+    return evaluate_splices(model, site, {"": sae}, documents, skip_first, progress, with_gradients, ablation)[""]
 
 
 def evaluate_splices(
@@ -124,11 +126,11 @@ def evaluate_splices(
     skip_first: int = 1,
     progress: bool = True,
     with_gradients: bool = False,
+    ablation: Ablation = "mean",
 ) -> dict[str, SpliceReport]:
     """Measure what a model loses through each of several autoencoders in the place of a module's output.
 
-    The mean activation that stands for ablation is that of the same documents. What does not depend on the
-    autoencoders, the model as it is and with the mean in their place, is computed once.
+    What does not depend on the autoencoders, the model as it is and ablated, is computed once.
 
     Parameters
     ----------
@@ -145,6 +147,9 @@ def evaluate_splices(
     with_gradients
         Whether autoencoders are told the gradient of the model's loss on the same document, which rules such as
         :class:`GradientTopK` look at. It knows what comes next, so a model cannot generate text this way.
+    ablation
+        What a reconstruction is compared with: the ``mean`` activation of the same documents, or ``zero``, which leaves
+        the model with less and flatters every autoencoder.
 
     Returns
     -------
@@ -158,6 +163,8 @@ def evaluate_splices(
     ModelError
         If activations are not of the autoencoders' size.
     """
+    if ablation not in ("mean", "zero"):
+        raise ConfigurationError(f"ablation is {ablation!r}; it must be mean or zero")
     texts = [text.reshape(1, -1) for text in documents]
     texts = [text for text in texts if text.shape[1] > skip_first + 1]
     if not texts:
@@ -166,10 +173,11 @@ def evaluate_splices(
     dense, ablated = _Loss(), _Loss()
     with evaluation_mode(model):
         moments = _moments(model, site, texts, skip_first, progress)
+        constant = moments.mean if ablation == "mean" else torch.zeros_like(moments.mean)
         for text in track(texts, "splicing", enabled=progress):
             log_dense = _log_probabilities(model, text)
             dense.add(text, log_dense)
-            with edited(model, site, lambda x: moments.mean.to(x).expand_as(x), skip_first):
+            with edited(model, site, lambda x: constant.to(x).expand_as(x), skip_first):
                 ablated.add(text, _log_probabilities(model, text))
             gradient = loss_gradient(model, find_site(model, site)[1], text)[1] if with_gradients else None
             for one in sums.values():
