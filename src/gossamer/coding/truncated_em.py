@@ -169,9 +169,7 @@ def em_step(
 ) -> tuple[Parameters, dict[str, float]]:
     """One step at a position of the schedule; new parameters, and what :class:`EMRun` notes of it."""
     at = {name: annealing.at(name, position) for name in ("temperature", "cut", "batch")}
-    jitter = {
-        name: annealing.at(f"{name[:9].rstrip('s')}_jitter", position) for name in ("components", "prior", "noise")
-    }
+    jitter = {name: annealing.at(its, position) for name, its in _JITTER.items()}
     parameters = model.jitter(parameters, jitter, generator_for(f"jitter of step {step}", seed))
     x = _batch(x, at["batch"], generator_for(f"batch of step {step} on {_rank()}", seed))
     totals, energy = _totals(model, x, parameters, at["temperature"], at["cut"])

@@ -193,8 +193,8 @@ def error_decomposition(
     centre = x_hat[kept].mean(0, dtype=torch.float64)
     shrinkage = _best_scale(x[kept], x_hat[kept], centre) if refit_scale else 1.0
     x_hat = rescaled(x_hat, centre, shrinkage)
-    fitted_part = kept, scored[usual[scored]]
-    weight, scores = _scores(x, x_hat, *fitted_part, ridge)
+    told = scored[usual[scored]]
+    weight, scores = _scores(x, x_hat, kept, told, ridge)
     everything = scores if bool(usual.all()) else _scores(x, x_hat, fitted, scored, ridge)[1]
     return ErrorReport(
         **scores.to_dict(),
@@ -203,7 +203,7 @@ def error_decomposition(
         centre=centre,
         outliers=int((~usual).sum()),
         with_outliers=everything,
-        scored=fitted_part[1],
+        scored=told,
     )
 
 

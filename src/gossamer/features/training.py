@@ -155,8 +155,8 @@ class Learner:
     def of(cls, sae: SAE, settings: TrainingSettings) -> Learner:
         """Ready for the first step."""
         optimizer = DictionaryAdam(sae.parameters(), settings.learning_rate, settings.betas, [sae.decoder])
-        features = sae.n_features
-        return cls(sae, settings, optimizer, torch.zeros(features), torch.zeros(features, dtype=torch.int64))
+        blank = torch.zeros(sae.n_features, device=sae.decoder.device)
+        return cls(sae, settings, optimizer, blank, blank.to(torch.int64))
 
     @property
     def dead(self) -> Tensor:

@@ -78,6 +78,11 @@ def products_at(codes: SparseCodes, rows: Tensor, dictionary: Tensor) -> Tensor:
     dictionary
         ``(features, size)``.
     """
+    if rows.shape != (len(codes), dictionary.shape[1]):
+        raise ConfigurationError(
+            f"rows are {tuple(rows.shape)}; {len(codes)} codes on a dictionary of {tuple(dictionary.shape)} need "
+            f"{(len(codes), dictionary.shape[1])}"
+        )
     rows = rows.detach().contiguous()
     if rows.dtype == torch.float32 and _compiled(dictionary):
         indices, starts, stored = _listed(codes, dictionary)
@@ -165,6 +170,7 @@ def _listed(codes: SparseCodes, dictionary: Tensor) -> tuple[Tensor, Tensor, Ten
     """Indices, starts and dictionary as compiled code reads them, which checks nothing."""
     if codes.indices.numel() and not 0 <= int(codes.indices.min()) <= int(codes.indices.max()) < len(dictionary):
         raise ConfigurationError(f"codes hold a feature outside the {len(dictionary)} rows of the dictionary")
-    if int(codes.starts[0]) != 0 or int(codes.starts[-1]) != len(codes.indices):
-        raise ConfigurationError(f"starts end at {int(codes.starts[-1])} instead of {len(codes.indices)}")
+    whole = int(codes.starts[0]) == 0 and int(codes.starts[-1]) == len(codes.indices)
+    if not whole or bool((codes.counts < 0).any()):
+        raise ConfigurationError(f"starts do not ascend from 0 to {len(codes.indices)}, the number of stored values")
     return codes.indices.to(torch.int32).contiguous(), codes.starts.contiguous(), dictionary.detach().contiguous()
