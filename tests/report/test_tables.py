@@ -5,7 +5,13 @@ import json
 import pytest
 
 from gossamer.errors import CheckpointError
-from gossamer.report.performance import decode_table, performance_table, quality_table, training_table
+from gossamer.report.performance import (
+    decode_table,
+    performance_table,
+    quality_table,
+    training_table,
+    two_four_table,
+)
 
 
 def test_perplexities_stand_by_model_and_method(tmp_path):
@@ -27,7 +33,7 @@ def test_perplexities_stand_by_model_and_method(tmp_path):
     assert quality_table(tmp_path / "none.json") == ""
 
 
-@pytest.mark.parametrize("page", [quality_table, performance_table, decode_table, training_table])
+@pytest.mark.parametrize("page", [quality_table, performance_table, decode_table, training_table, two_four_table])
 def test_damaged_figures_are_refused(page, tmp_path):
     path = tmp_path / "figures.json"
     path.write_text('{"rows": 3, "figures": []}')

@@ -19,6 +19,9 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks" / "results.json"
 QUALITY = BENCHMARKS.with_name("quality.json")
 """What ``python -m benchmarks.pruning_quality`` writes."""
 
+TWO_FOUR = BENCHMARKS.with_name("two_four.json")
+"""What ``python -m benchmarks.two_four`` writes."""
+
 TRAINING = BENCHMARKS.with_name("training.json")
 """What ``python -m benchmarks.training_quality`` writes."""
 
@@ -106,6 +109,40 @@ def quality_table(results: Path = QUALITY) -> str:
             f"Calibrated on {settings['calibration']}; read: {settings['text']}; dense: {dense}. "
             "`python -m benchmarks.pruning_quality` measures it.\n",
             table(("model", "method", *columns), rows),
+        ]
+    )
+
+
+def two_four_table(results: Path = TWO_FOUR) -> str:
+    """Return the Markdown section on masks of two in four of a language model, empty if there are no figures.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is damaged.
+    """
+    if not results.is_file():
+        return ""
+    with _stored(results, "python -m benchmarks.two_four") as found:
+        settings, figures = found["settings"], found["figures"]
+        texts = list(settings["judged"])
+        rows = [
+            (
+                method,
+                *(f"{cell[f'perplexity of {text}']:.1f} ± {cell[f'standard error of {text}']:.1f}" for text in texts),
+                f"{cell['tokens']:,.0f}" if "tokens" in cell else "",
+                f"{cell['minutes']:.0f}" if "minutes" in cell else "",
+            )
+            for method, cell in figures.items()
+        ]
+        judged = "; ".join(f"{text}: {how}" for text, how in settings["judged"].items())
+    return "\n".join(
+        [
+            "## Two of every four\n",
+            f"Perplexity of the {settings['model']} model, with standard errors over windows ({judged}). Text that is "
+            f"seen: {settings['text']}; one-shot methods see {settings['calibration']}. Minutes are of a machine that "
+            "did other things meanwhile. `python -m benchmarks.two_four` measures it.\n",
+            table(("method", *texts, "tokens seen", "minutes"), rows),
         ]
     )
 
