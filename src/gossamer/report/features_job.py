@@ -211,11 +211,9 @@ def spread_features(counts: np.ndarray, count: int, least: int = 100) -> list[in
     """Features from the most to the least active in even steps; those that hardly ever are cannot be judged."""
     order = np.argsort(-counts, kind="stable")
     order = order[counts[order] >= least]
-    return (
-        [int(order[at]) for at in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
-        if len(order)
-        else []
-    )
+    if not len(order):
+        return []
+    return [int(order[at]) for at in np.unique(np.linspace(0, len(order) - 1, count).round().astype(int))]
 
 
 def speaking_features(found: Exploration, count: int = 8) -> list[int]:
