@@ -106,7 +106,10 @@ def test_energy_falls_by_the_square_of_every_value(seed, k):
     torch.testing.assert_close(found.residual.square().sum(1), energy)
     shorter = matching_pursuit(x, dictionary, k - 1)
     assert bool((found.residual.norm(dim=1) <= shorter.residual.norm(dim=1) + 1e-12).all())
-    assert found.atoms[:, : k - 1].equal(shorter.atoms), "more steps only go on"
+    # where nothing is left, which atom still has something in common with it is a matter of rounding
+    left = found.values[:, : k - 1].abs() > 1e-9
+    assert found.atoms[:, : k - 1][left].equal(shorter.atoms[left]), "more steps only go on"
+    torch.testing.assert_close(found.values[:, : k - 1], shorter.values)
 
 
 def test_the_gradient_is_that_of_finite_differences():

@@ -67,7 +67,7 @@ def attention_eval(
         )
     console.print(table)
     if output is not None:
-        console.print(f"{output / 'attention.json'}, {output / 'attention.png'}")
+        console.print(f"{output / 'attention.json'}, {output / 'attention.png'}", soft_wrap=True)
 
 
 def _share(value: float) -> str:

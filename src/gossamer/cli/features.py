@@ -102,7 +102,7 @@ def features(
         },
         as_json=False,
     )
-    console.print(f"page: {output / 'features.html'}\nsae:  {output / 'sae'}")
+    console.print(f"page: {output / 'features.html'}\nsae:  {output / 'sae'}", soft_wrap=True)
 
 
 def _without_steering(words: list[str]) -> list[str]:
