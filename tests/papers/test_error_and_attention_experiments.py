@@ -105,4 +105,3 @@ def test_what_goes_with_a_head_is_what_is_gone_without_it():
     # feature 0 is 2, all of it by head 0; feature 1 is 4, of which head 1 holds 2
     assert removed == pytest.approx((2 + 2) / 6)
     assert chance == pytest.approx((1 + 2) / 6)
-    assert attention_sae._rank_correlation(torch.tensor([1.0, 3, 2]), torch.tensor([10.0, 30, 20])) == pytest.approx(1)

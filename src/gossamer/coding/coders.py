@@ -97,9 +97,23 @@ class _DictionaryCoder(CodeTransformer):
 
 
 class _PursuitCoder(_DictionaryCoder):
-    n_nonzero_coefs: int | None
-    tol: float
-    nonnegative: bool
+    def __init__(
+        self,
+        dictionary: Any = None,
+        n_nonzero_coefs: int | None = None,
+        tol: float = 0.0,
+        nonnegative: bool = False,
+        n_components: int | None = None,
+        sparse_output: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        self.dictionary = dictionary
+        self.n_nonzero_coefs = n_nonzero_coefs
+        self.tol = tol
+        self.nonnegative = nonnegative
+        self.n_components = n_components
+        self.sparse_output = sparse_output
+        self.random_state = random_state
 
     def _coded(self, rows: Tensor, atoms: Tensor) -> Tensor:
         lengths = atoms.norm(dim=1)
@@ -147,24 +161,6 @@ class OMPCoder(_PursuitCoder):
     [[3.0, 0.0, 0.0], [0.0, -1.0, 0.0]]
     """
 
-    def __init__(
-        self,
-        dictionary: Any = None,
-        n_nonzero_coefs: int | None = None,
-        tol: float = 0.0,
-        nonnegative: bool = False,
-        n_components: int | None = None,
-        sparse_output: bool = False,
-        random_state: Any = None,
-    ) -> None:
-        self.dictionary = dictionary
-        self.n_nonzero_coefs = n_nonzero_coefs
-        self.tol = tol
-        self.nonnegative = nonnegative
-        self.n_components = n_components
-        self.sparse_output = sparse_output
-        self.random_state = random_state
-
     def _pursued(self, rows: Tensor, atoms: Tensor, steps: int) -> Any:
         return orthogonal_matching_pursuit(rows, atoms, steps, tolerance=self.tol, nonnegative=self.nonnegative)
 
@@ -179,24 +175,6 @@ class MatchingPursuitCoder(_PursuitCoder):
     n_nonzero_coefs
         Steps; an atom may be taken twice, so that a code has at most so many.
     """
-
-    def __init__(
-        self,
-        dictionary: Any = None,
-        n_nonzero_coefs: int | None = None,
-        tol: float = 0.0,
-        nonnegative: bool = False,
-        n_components: int | None = None,
-        sparse_output: bool = False,
-        random_state: Any = None,
-    ) -> None:
-        self.dictionary = dictionary
-        self.n_nonzero_coefs = n_nonzero_coefs
-        self.tol = tol
-        self.nonnegative = nonnegative
-        self.n_components = n_components
-        self.sparse_output = sparse_output
-        self.random_state = random_state
 
     @torch.no_grad()
     def _pursued(self, rows: Tensor, atoms: Tensor, steps: int) -> Any:

@@ -25,7 +25,7 @@ from gossamer.coding.annealing import Annealing
 from gossamer.coding.latent_models import Block, LatentModel, Moments, Parameters
 from gossamer.core.progress import track
 from gossamer.core.randomness import generator_for
-from gossamer.core.ranks import ranks
+from gossamer.core.ranks import rank, ranks, summed
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.storage.atomic import atomic_file
 
@@ -127,7 +127,7 @@ def truncated_em(
         run = _resumed(file, facts, x.device)
     else:
         run = EMRun(_start(model, x, seed, start))
-    for step in track(range(run.done, steps), "expectation maximization", enabled=progress and _rank() == 0):
+    for step in track(range(run.done, steps), "expectation maximization", enabled=progress and rank() == 0):
         run.parameters, noted = em_step(model, x, run.parameters, annealing, step / steps, seed=seed, step=step)
         run.history.append(noted)
         run.done = step + 1
@@ -171,7 +171,7 @@ def em_step(
     at = {name: annealing.at(name, position) for name in ("temperature", "cut", "batch")}
     jitter = {name: annealing.at(its, position) for name, its in _JITTER.items()}
     parameters = model.jitter(parameters, jitter, generator_for(f"jitter of step {step}", seed))
-    x = _batch(x, at["batch"], generator_for(f"batch of step {step} on {_rank()}", seed))
+    x = _batch(x, at["batch"], generator_for(f"batch of step {step} on {rank()}", seed))
     totals, energy = _totals(model, x, parameters, at["temperature"], at["cut"])
     totals = _over_processes({**totals, "free energy": energy})
     points = float(totals["points"])
@@ -261,8 +261,7 @@ def _over_processes(totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over all processes, in one message."""
     if ranks() == 1:
         return totals
-    message = torch.cat([value.reshape(-1) for value in totals.values()])
-    torch.distributed.all_reduce(message)
+    message = summed(torch.cat([value.reshape(-1) for value in totals.values()]))
     parts = message.split([value.numel() for value in totals.values()])
     return {name: part.view_as(value) for (name, value), part in zip(totals.items(), parts, strict=True)}
 
@@ -274,10 +273,6 @@ def _seed_of_all(seed: int, device: torch.device) -> int:
     shared = torch.tensor(seed, device=device)
     torch.distributed.broadcast(shared, 0)
     return int(shared)
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if ranks() > 1 else 0
 
 
 # ------------------------------------------------------------------------------------------- beginning and going on
@@ -311,7 +306,7 @@ def _facts(model: LatentModel, x: Tensor, steps: int, annealing: Annealing, seed
 
 
 def _keep(file: Path, facts: dict[str, str], run: EMRun) -> None:
-    if _rank() == 0:
+    if rank() == 0:
         state = {"version": _VERSION, "facts": facts, "parameters": run.parameters, "history": run.history}
         with atomic_file(file) as part:
             torch.save({**state, "done": run.done}, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def drawn_seed(random_state: Any) -> int:
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-class CodeTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class CodeTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, ABC):
     """What turns rows into sparse codes.
 
     A subclass sets ``n_components_`` in ``fit`` and defines :meth:`_codes` and :meth:`_rows`; its parameter
@@ -111,8 +112,10 @@ class CodeTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def _n_features_out(self) -> int:
         return self.n_components_
 
+    @abstractmethod
     def _codes(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Codes ``(n, n_components_)`` of rows."""
 
+    @abstractmethod
     def _rows(self, codes: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Rows that codes stand for."""

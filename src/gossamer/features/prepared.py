@@ -241,10 +241,11 @@ def documents_of(settings: DictionarySettings, tokenizer: Any) -> tuple[list[Ten
         windows = calibration_batches(content, tokenizer, training + judging, settings.length, settings.seed)
         captured.append(windows[:training])
         held_out.append(windows[training:])
-    return _in_turn(captured), _in_turn(held_out)
+    return in_turn(captured), in_turn(held_out)
 
 
-def _in_turn(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def in_turn(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The first of every group, then the second of every group that has one, and so on."""
     longest = max(map(len, groups))
     return [group[place] for place in range(longest) for group in groups if place < len(group)]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gossamer.core.rank_correlation import rank_correlation as rank_correlation
 from gossamer.errors import ConfigurationError, UnknownNameError
 from gossamer.measure.loss_surface import Loss, LossSurface, Point, between, difference
 
@@ -256,27 +257,6 @@ def _layer_row(surface: LossSurface, start: Point, end: Point, n: int, refine: i
         "endpoints": (slopes[0] - slopes[1]) / 4 + (curvatures[0] + curvatures[2]) / 16,
         "start": curvatures[0] / 8,
     }
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's ρ: the correlation of ranks, tied values sharing their mean rank; 0 if one side is constant.
-
-    Raises
-    ------
-    ConfigurationError
-        If there are fewer than two pairs.
-    """
-    if len(x) != len(y) or len(x) < 2:
-        raise ConfigurationError(f"{len(x)} and {len(y)} values have no rank correlation; give two or more pairs")
-    first, second = (_ranks(np.asarray(values, dtype=float)) for values in (x, y))
-    if first.std() == 0 or second.std() == 0:
-        return 0.0
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def _parameters(model: nn.Module | Point) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.randomness import generator_for
+from gossamer.core.rank_correlation import rank_correlation
 from gossamer.features.activation_rules import TopK
 from gossamer.features.attention_sae import AttentionSAE, attention_quality, head_attribution
 from gossamer.features.attention_trace import trace_attention
@@ -141,7 +142,7 @@ def _roles(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     )
     by_attribution = attributed(model, saes[1], longest) - attributed(model, saes[1], shortest)
     by_ablation = ablated(model, longest) - ablated(model, shortest)
-    found["ranks"] = _rank_correlation(by_attribution, by_ablation[last])
+    found["ranks"] = rank_correlation(by_attribution.tolist(), by_ablation[last].tolist())
     found["long"], found["short"] = len(scores.long_prefix()), len(scores.short_prefix())
     best = scores.attention.amax(0).topk(4).indices.tolist()
     found["curves"] = {
@@ -205,11 +206,6 @@ def _exactness(model: Any, sae: AttentionSAE, layer: int, text: Tensor, z: Tenso
         off = dfa(sae, trace, feature).preactivation[1:] - truth
         worst = max(worst, float(off.abs().max() / truth.abs().max()))
     return worst
-
-
-def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 # ---------------------------------------------------------------------------------------------------- a language model

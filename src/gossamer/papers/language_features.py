@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError
 from gossamer.features.activation_rules import TopK
+from gossamer.features.prepared import in_turn
 from gossamer.features.sae import SAE
 from gossamer.features.saelens_format import load_saelens, save_saelens
 from gossamer.features.splicing import SpliceReport, evaluate_splices
@@ -182,12 +183,7 @@ def documents_of(source: Source, tokenizer: Any) -> tuple[list[Tensor], list[Ten
             raise CalibrationError(f"{text} is too short for {wanted} windows of {source.length} tokens that are apart")
         training.append(windows[:for_training])
         held_out.append(windows[for_training:])
-    return _in_turn(training), _in_turn(held_out)
-
-
-def _in_turn(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    longest = max(map(len, groups))
-    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+    return in_turn(training), in_turn(held_out)
 
 
 @contextmanager

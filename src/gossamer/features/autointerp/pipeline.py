@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.core.progress import track
+from gossamer.core.rank_correlation import rank_correlation
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, ModelError, OutputError
 from gossamer.features.autointerp.examples import ExampleBuilder
 from gossamer.features.autointerp.explainers import Explainer
@@ -276,11 +277,4 @@ def summarise(interpretations: Sequence[Interpretation]) -> Summary:
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's; None if one does not vary."""
-    ranks = [_ranks(values) for values in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1]) if all(part.std() > 0 for part in ranks) else None
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts + 1) / 2)[places]
+    return rank_correlation(a, b) if a.std() > 0 and b.std() > 0 else None
