@@ -16,6 +16,7 @@ from torch import Tensor
 from gossamer.core.sparse_codes import SparseCodes
 from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.kernels import pursuit_compiled as compiled
+from gossamer.kernels import pursuit_triton
 
 _GRAM_BYTES = 1 << 30  # largest matrix of products of atoms that is made unasked
 _PAYS = 4  # products of all atoms cost as much as so many steps of as many signals as atoms
@@ -109,6 +110,8 @@ def _choose(x: Tensor, dictionary: Tensor, k: int, tolerance: float, nonnegative
     """Atoms of every step, −1 from the step on at which a signal is done."""
     if gram is not None and compiled.usable(x, dictionary, gram):
         return compiled.choose(x, dictionary, k, tolerance, nonnegative, gram)
+    if gram is not None and pursuit_triton.usable(x, dictionary, gram):
+        return pursuit_triton.choose(x, dictionary, k, tolerance, nonnegative, gram)
     if gram is None and nonnegative and x.dtype == torch.float32 and compiled.usable(x, dictionary):
         return compiled.choose_one_by_one(x, dictionary, k, tolerance)
     rows = torch.arange(len(x), device=x.device)
