@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 from gossamer.activations.lazy_neuron import (
     TopKTransformer,
@@ -61,6 +61,96 @@ def test_top_k_can_keep_the_activation_of_the_model(model):
     assert isinstance(found, TopKActivation)
     assert found.kept(24) == 6
     assert method("lazy-neuron").factory is TopKTransformer
+
+
+# --------------------------------------------------------------------------------- architectures other than language
+
+
+def vision_transformer():
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_channels=1, num_labels=3, **SIZES))
+
+
+class Mlp(nn.Module):
+    """The feed-forward layer of timm's blocks."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(width, inner), nn.GELU(), nn.Dropout(0.0)
+        self.norm, self.fc2 = nn.Identity(), nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.fc2(self.norm(self.drop1(self.act(self.fc1(x)))))
+
+
+class MixerBlock(nn.Module):
+    """As timm has it: one layer across the tokens of each channel, one across the channels of each token."""
+
+    def __init__(self, tokens, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp_tokens, self.mlp_channels = Mlp(tokens, 12), Mlp(width, 32)
+
+    def forward(self, x):
+        x = x + self.mlp_tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp_channels(self.norm2(x))
+
+
+class Mixer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.blocks = nn.Linear(16, 8), nn.Sequential(MixerBlock(4, 8), MixerBlock(4, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        patches = nn.functional.unfold(pixel_values, 4, stride=4).transpose(1, 2)
+        return self.head(self.blocks(self.stem(patches)).mean(1))
+
+
+@pytest.mark.parametrize(("build", "count"), [(vision_transformer, 2), (Mixer, 4)])
+def test_top_k_reaches_every_feed_forward_layer_of_vision_transformers_and_mixers(build, count):
+    model, images = build(), torch.randn(4, 1, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    dense = model.eval()(images)
+    swap = topk_transformer(model, 3)
+    assert len(swap.names) == count
+    taps = activation_taps(model, (TopKActivation,))
+    assert len(taps) == count
+    widths = {"mlp_tokens": 12, "mlp_channels": 32}
+    for name, layer in activation_density(model, images, taps).layers.items():
+        width = next((size for part, size in widths.items() if part in name), 24)
+        assert layer.density > 0
+        assert layer.token_densities[2] <= 3 / width + 1e-9
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.01)
+    losses = []
+    for _ in range(15):
+        output = model(images)
+        loss = nn.functional.cross_entropy(getattr(output, "logits", output), torch.arange(4) % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    swap.undo()
+    model.load_state_dict(before)
+    again = model.eval()(images)
+    assert torch.equal(getattr(again, "logits", again), getattr(dense, "logits", dense))
+
+
+def test_top_k_keeps_the_largest_of_every_token_in_a_mixer():
+    """By hand: what the layer across tokens hands on are the k largest of ReLU for each channel."""
+    model, images = Mixer().eval(), torch.randn(2, 1, 8, 8)
+    seen = {}
+    layer = model.blocks[0].mlp_tokens
+    layer.fc1.register_forward_hook(lambda module, args, output: seen.update(before=output.detach()))
+    layer.fc2.register_forward_pre_hook(lambda module, args: seen.update(after=args[0].detach()))
+    topk_transformer(model, 2)
+    model(images)
+    for row, kept in zip(seen["before"].flatten(0, 1), seen["after"].flatten(0, 1)):
+        largest = set(row.topk(2).indices.tolist())
+        expected = [max(float(x), 0) if i in largest else 0 for i, x in enumerate(row)]
+        assert kept.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"k": 2.5}, {"k": 3, "ratio": 0.5}, {"k": None}, {"activation": "gelu"}])

@@ -12,6 +12,7 @@ from gossamer.measure.activation_density import (
     activation_density,
     chunk_sparsity,
     frequency_curve,
+    histogram,
     share_of_work,
 )
 
@@ -47,6 +48,40 @@ def test_counts_worked_by_hand():
     assert found.dead == pytest.approx(1 / 3)
     assert found.tokens == 4
     assert "float32" in str(found)
+
+
+def test_histograms_worked_by_hand():
+    found = measure(SEQUENCE)
+    # three tokens use one neuron of three, which lies in the seventh part of twenty; one uses none
+    expected = [0.0] * 20
+    expected[0], expected[6] = 1 / 4, 3 / 4
+    assert found.layers["inner"].token_histogram.tolist() == pytest.approx(expected)
+    assert found.histogram.tolist() == pytest.approx(expected)
+    # the neurons are active at two tokens of four, at none, and at one
+    assert found.neuron_histogram.nonzero().flatten().tolist() == [0, 5, 10]
+    assert found.neuron_histogram.sum() == pytest.approx(1)
+
+
+def test_counts_on_a_border_land_above_it():
+    # 0.35 in single precision lies below the border; 7 of 20 does not
+    for count in range(21):
+        place = histogram(torch.tensor([count]), 20).argmax()
+        assert int(place) == min(count, 19)
+    with pytest.raises(CalibrationError, match="no counts"):
+        histogram(torch.empty(0), 3)
+    with pytest.raises(ConfigurationError, match=r"0 to 4.*\[0, 3\]"):
+        histogram(torch.tensor([0, 4]), 3)
+
+
+def test_padding_and_layers_weigh_in_histograms_as_they_should():
+    model = nn.Sequential(nn.Identity(), nn.ReLU())
+    x = torch.tensor([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, -1.0]])
+    taps = [Tap("all", model[0], "output"), Tap("positive", model[1], "output")]
+    found = activation_density(model, x, taps)
+    assert found.layers["all"].token_histogram[19] == 1
+    assert found.histogram[[5, 10, 19]].tolist() == [0.25, 0.25, 0.5]
+    masked = measure(SEQUENCE, torch.tensor([[1, 1, 0, 0]]))
+    assert masked.histogram[6] == 1
 
 
 def test_what_is_within_the_tolerance_is_zero():

@@ -10,8 +10,9 @@ import transformers
 
 from gossamer.papers import deft, lazy_neuron, prosparse
 from gossamer.papers.encoder_text import Articles, Classifier, accuracy
-from gossamer.papers.lazy_conditions import batches_of, images_of
+from gossamer.papers.lazy_conditions import batches_of, by_heart, images_of
 from gossamer.papers.lazy_networks import ByteNetwork, PatchNetwork, impulse_noise, shot_noise
+from gossamer.papers.lazy_noise import METHODS
 
 
 def shifted(build):
@@ -220,14 +221,17 @@ def lazy_observation(shift=0.0):
     gradient = {loss: {"mean": 0.1 + shift, "error": 0.01, "p": 1e-9} for loss in ("cross-entropy", "squared error")}
     noise = {}
     for share, gain in (("0", 0.0), ("0.4", 3.0), ("0.8", 5.0)):
-        for method in lazy_neuron.METHODS:
+        for method in METHODS:
             better = method == "top-k"
             noise[f"{method} at {share}"] = {
                 "accuracy": 90.0 + shift + gain * better,
                 "corrupted": 70.0 + 5 * better + shift,
                 "calibration error": 0.1 - 0.05 * better + shift / 10,
             }
-    return {"emergence": emergence, "gradient": gradient, "noise": noise, "cost": {"times as fast": 2.0}}
+    heart = {name: {**one(0.3), "known by heart": known} for name, known in (("few", 100.0), ("many", 20.0))}
+    patches = {"mixer of patches, top-k at 0": {"accuracy": 80.0 + shift}}
+    told = {"by heart": heart, "noise in patches": patches, "cost": {"times as fast": 2.0}}
+    return {"emergence": emergence, "gradient": gradient, "noise": noise, **told}
 
 
 def test_the_claim_of_lazy_neurons_holds_where_every_part_does():
@@ -235,6 +239,8 @@ def test_the_claim_of_lazy_neurons_holds_where_every_part_does():
     assert verdict.outcome == "holds", verdict.reason
     assert verdict.numbers["labels, 256 wide: fall of the density − 0.1"].mean == pytest.approx(0.05)
     assert verdict.numbers["accuracy after 0.8 wrong labels, top-k − ReLU"].mean == pytest.approx(5)
+    assert verdict.numbers["random labels of few images: known by heart"] == 100
+    assert verdict.numbers["mixer of patches, top-k at 0: accuracy"] == pytest.approx(80)
 
 
 @pytest.mark.parametrize(
@@ -268,12 +274,19 @@ def test_lazy_neurons_trains_every_condition_and_architecture(drawn_digits, monk
     settings["bytes"] |= {"size": 60_000, "length": 16, "batch": 2, "steps": 6, "held_out": 4}
     settings["gradient"] = {"width": 16, "tokens": 4, "networks": 20}
     settings["noise"] |= {"width": 32, "steps": 4}
+    settings["by heart"] = {"width": 16, "few": 5}
     settings["speed"] = {"d": 16, "m": 32}
     found = lazy_neuron.run(settings, 0, silent)
     assert len(found["emergence"]) == 4 * 2 + 1 + 4 + 2
     assert all(0 < one["end"] < 1 and one["steps"][0] == 0 for one in found["emergence"].values())
     assert found["noise"]["top-k at 0"]["density"] <= 1 / 32 + 1e-9
-    assert set(found["noise"]) == {f"{m} at {s}" for m in lazy_neuron.METHODS for s in ("0", "0.4", "0.8")}
+    assert set(found["noise"]) == {f"{m} at {s}" for m in METHODS for s in ("0", "0.4", "0.8")}
+    assert set(found["by heart"]) == {"few", "many"}
+    patches = found["noise in patches"]
+    assert len(patches) == 2 * 2 * 2
+    for kind, most in (("transformer", 2 / 64), ("mixer", (1 / 32 + 2 / 64) / 2)):  # of 4 · 16 and 2 · 16 neurons
+        assert patches[f"{kind} of patches, top-k at 0.4"]["density"] <= most + 1e-9
+        assert patches[f"{kind} of patches, ReLU at 0.4"]["density"] > 0.2
 
 
 def test_conditions_are_what_they_say(drawn_digits):
@@ -287,6 +300,19 @@ def test_conditions_are_what_they_say(drawn_digits):
     assert len(fresh.unique(dim=0)) == 30  # nothing ever repeats
     again = torch.cat([x for x, _ in batches_of("fresh noise", drawn_digits, 6, 5, 0)]).flatten(1)
     assert torch.equal(fresh, again)
+
+
+def test_what_is_learned_by_heart_are_single_images(drawn_digits):
+    few = by_heart(drawn_digits, 30, 0)
+    assert len(few) == len(few.images.flatten(1).unique(dim=0)) == 30
+    pairs = zip(*images_of("random labels", drawn_digits, 0))
+    known = {tuple(image.flatten().tolist()): int(label) for image, label in pairs}
+    assert all(known[tuple(i.flatten().tolist())] == int(label) for i, label in zip(few.images, few.labels))
+    real = {tuple(i.flatten().tolist()): int(label) for i, label in zip(drawn_digits.images, drawn_digits.labels)}
+    hits = sum(real[tuple(i.flatten().tolist())] == int(label) for i, label in zip(few.images, few.labels))
+    assert hits < 12  # random labels are right by chance only
+    every = by_heart(drawn_digits, len(drawn_digits), 0)
+    assert torch.equal(every.labels.sort().values, images_of("random labels", drawn_digits, 0)[1].sort().values)
 
 
 def test_networks_see_what_they_should():

@@ -22,6 +22,9 @@ from gossamer.models.blocks import run_batch
 DEAD = 1e-3
 """A neuron that is active for a smaller share of the tokens counts as dead [arXiv 2411.02335, section 5]."""
 
+BINS = 20
+"""Of histograms, from a share of 0 to one of 1."""
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -35,6 +38,9 @@ class LayerActivations:
         Share of the tokens for which each neuron is active, ``(features,)`` float64.
     token_densities
         Least, median and largest density of a token.
+    token_histogram
+        Share of the tokens whose density lies in each of :data:`BINS` equal parts of [0, 1], ``(20,)`` float64; the
+        lower end of a part belongs to it, and 1 to the last.
     chunk_density
         Share of the neurons that some token of a chunk needs, mean over chunks; None if no sequence was long enough.
     dtype
@@ -44,6 +50,7 @@ class LayerActivations:
     density: float
     frequency: Tensor
     token_densities: tuple[float, float, float]
+    token_histogram: Tensor
     chunk_density: float | None
     dtype: str
 
@@ -95,6 +102,17 @@ class ActivationDensity:
     def dead(self) -> float:
         """Share of the neurons of all layers that are active for less than :data:`DEAD` of the tokens."""
         return float(torch.cat([layer.frequency for layer in self.layers.values()]).lt(DEAD).double().mean())
+
+    @property
+    def histogram(self) -> Tensor:
+        """Share of the tokens by their density, mean over layers, ``(20,)``; see :class:`LayerActivations`."""
+        return torch.stack([layer.token_histogram for layer in self.layers.values()]).mean(0)
+
+    @property
+    def neuron_histogram(self) -> Tensor:
+        """Share of the neurons of all layers by how often they are active, in the same parts, ``(20,)``."""
+        frequency = torch.cat([layer.frequency for layer in self.layers.values()])
+        return histogram(frequency * self.tokens, self.tokens)
 
     def __str__(self) -> str:
         chunks = "" if self.chunk_sparsity is None else f", {self.chunk_sparsity:.1%} in chunks of {self.chunk}"
@@ -163,6 +181,7 @@ class _Count:
     tokens: int = 0
     active: Tensor | None = None
     per_token: list[Tensor] = field(default_factory=list)
+    width: int = 0
     chunks: int = 0
     needed: float = 0.0
     dtype: str = ""
@@ -173,7 +192,8 @@ class _Count:
         seen = rows.sum(0, dtype=torch.float64).cpu()
         self.active = seen if self.active is None else self.active + seen
         self.tokens += len(rows)
-        self.per_token.append(rows.float().mean(1).cpu())
+        self.per_token.append(rows.sum(1).cpu())
+        self.width = rows.shape[1]
         self.dtype = str(values.dtype).removeprefix("torch.")
         whole = live.shape[1] // chunk if live.dim() == 3 else 0
         if whole:
@@ -187,9 +207,45 @@ class _Count:
     def result(self) -> LayerActivations:
         frequency = torch.zeros(0) if self.active is None else self.active / self.tokens
         tokens = torch.cat(self.per_token)
-        extremes = (float(tokens.min()), float(tokens.median()), float(tokens.max()))
+        least, middle, most = (float(count) / self.width for count in (tokens.min(), tokens.median(), tokens.max()))
         needed = self.needed / self.chunks if self.chunks else None
-        return LayerActivations(float(frequency.mean()), frequency, extremes, needed, self.dtype)
+        shares = histogram(tokens, self.width)
+        return LayerActivations(float(frequency.mean()), frequency, (least, middle, most), shares, needed, self.dtype)
+
+
+def histogram(counts: Tensor, most: int) -> Tensor:
+    """Share of the counts in each of :data:`BINS` equal parts from 0 to `most`, ``(20,)`` float64.
+
+    Whole numbers are sorted in without rounding, so that a count on a border lands above it.
+
+    Parameters
+    ----------
+    counts
+        ``(n,)``, whole numbers from 0 to `most`.
+    most
+        The largest that a count can be.
+
+    Raises
+    ------
+    CalibrationError
+        If there is no count.
+    ConfigurationError
+        If one is out of range.
+
+    Examples
+    --------
+    >>> histogram(torch.tensor([0, 1, 5, 10]), 10)[[0, 2, 10, 19]].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    if not counts.numel():
+        raise CalibrationError("there are no counts to sort into a histogram; give at least one")
+    whole = counts.round().long()
+    if int(whole.min()) < 0 or int(whole.max()) > most:
+        raise ConfigurationError(
+            f"counts go from {int(whole.min())} to {int(whole.max())}; they must lie in [0, {most}]"
+        )
+    parts = (whole * BINS // max(1, most)).clamp_max(BINS - 1)
+    return torch.bincount(parts, minlength=BINS).double() / len(parts)
 
 
 def frequency_curve(frequency: Tensor) -> Tensor:

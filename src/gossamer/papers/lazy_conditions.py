@@ -42,6 +42,17 @@ def batches_of(
             noise = torch.randn(batch, 1, SIDE, SIDE, generator=generator)
             yield MEAN + DEVIATION * noise, (noise.flatten(1) @ teacher).argmax(1)
         return
-    images, labels = images_of(condition, training, seed)
-    for rows in torch.randint(len(labels), (steps, batch), generator=generator):
-        yield images[rows], labels[rows]
+    yield from drawn(Digits(*images_of(condition, training, seed)), steps, batch, generator)
+
+
+def drawn(data: Digits, steps: int, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of each step, drawn with repetition."""
+    for rows in torch.randint(len(data), (steps, batch), generator=generator):
+        yield data.images[rows], data.labels[rows]
+
+
+def by_heart(training: Digits, count: int, seed: int) -> Digits:
+    """So many of the images, drawn at random, with random labels: what is learned is learned by heart."""
+    images, labels = images_of("random labels", training, seed)
+    rows = torch.randperm(len(labels), generator=generator_for("images learned by heart", seed))[:count]
+    return Digits(images[rows], labels[rows])

@@ -2,9 +2,11 @@
 
 Perceptrons of several widths and depths learn handwritten digits: with their labels, with random labels, random images
 in their place, and noise that never repeats; transformers of patches and of bytes, in one direction and in both, and a
-mixer learn beside them. How many neurons are active is watched. The sign of the expected gradient is tested by
+mixer learn beside them. How many neurons are active is watched, also where all images are learned by heart and where
+hardly any is. The sign of the expected gradient is tested by
 drawing output layers. Then networks that keep the k largest activations are compared with plain ones, with dropout and
-with an L1 penalty: trained with wrong labels, judged on worse images, and asked how sure they are.
+with an L1 penalty: trained with wrong labels, judged on worse images, and asked how sure they are; among perceptrons,
+and, reported beside them, in networks of patches.
 """
 
 from __future__ import annotations
@@ -18,33 +20,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gossamer.activations.lazy_neuron import (
-    activation_taps,
-    emergence_study,
-    expected_gradient,
-    feed_forward_flops,
-    noisy_labels,
-)
-from gossamer.core.penalties import ActivationPenalty
+from gossamer.activations.lazy_neuron import emergence_study, expected_gradient, feed_forward_flops
 from gossamer.core.randomness import generator_for
 from gossamer.kernels.channel_products import input_sparse
 from gossamer.kernels.channels import ChannelMatrix
-from gossamer.measure.activation_density import activation_density, share_of_work
-from gossamer.measure.corruptions import corrupt
-from gossamer.measure.robustness import calibration_error
-from gossamer.models.activation_functions import TopKActivation
+from gossamer.measure.activation_density import share_of_work
 from gossamer.papers.digits import Digits, digits
 from gossamer.papers.experiment import Experiment, Observation, Track
-from gossamer.papers.lazy_conditions import CLASSES, CONDITIONS, batches_of, images_of, random_images
-from gossamer.papers.lazy_networks import ByteNetwork, PatchNetwork, impulse_noise, perceptron, shot_noise
+from gossamer.papers.lazy_conditions import (
+    CLASSES,
+    CONDITIONS,
+    batches_of,
+    by_heart,
+    drawn,
+    images_of,
+    random_images,
+)
+from gossamer.papers.lazy_networks import ByteNetwork, PatchNetwork, perceptron
+from gossamer.papers.lazy_noise import noise, noise_in_patches, optimizer_of
 from gossamer.papers.python_source import python_source
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval
 
 WELL_BELOW = 0.1  # by which the share of active neurons must fall with labels; elsewhere, in so short a time, by any
 EQUAL = 1.0  # points of clean accuracy within which two networks count as equally good
-METHODS = ("ReLU", "top-k", "dropout", "L1")
-BINS = 15
 HIDDEN = 256  # stands for a byte that is to be guessed
 
 QUICK: dict[str, Any] = {
@@ -55,8 +54,16 @@ QUICK: dict[str, Any] = {
     "momentum": 0.9,
     "widths": [256, 1024, 4096],
     "depths": [2, 4],
-    "architectures": {"layers": 2, "width": 32, "steps": 150, "learning_rate": 3e-3, "momentum": None},
+    "architectures": {
+        "layers": 2,
+        "width": 32,
+        "steps": 150,
+        "learning_rate": 3e-3,
+        "momentum": None,
+        "shares": [0.0, 0.4],
+    },
     "bytes": {"size": 500_000, "length": 48, "batch": 16, "steps": 200, "held_out": 64},
+    "by heart": {"width": 256, "few": 100},
     "gradient": {"width": 256, "tokens": 16, "networks": 2000},
     "noise": {"width": 1024, "steps": 400, "ratio": 1 / 32, "dropout": 0.5, "l1": 0.1, "shares": [0.0, 0.4, 0.8]},
     "speed": {"d": 1024, "m": 4096},
@@ -65,7 +72,7 @@ FULL: dict[str, Any] = {
     **QUICK,
     "images": 400,
     "steps": 5000,
-    "architectures": {"layers": 4, "width": 64, "steps": 3000, "learning_rate": 1e-3, "momentum": None},
+    "architectures": {**QUICK["architectures"], "layers": 4, "width": 64, "steps": 3000, "learning_rate": 1e-3},
     "bytes": {"size": 4_000_000, "length": 128, "batch": 32, "steps": 3000, "held_out": 256},
     "noise": {**QUICK["noise"], "steps": 6000},
 }
@@ -80,7 +87,9 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     return {
         "emergence": emergence,
         "gradient": _gradient(settings["gradient"], seed),
-        "noise": _noise(settings, training, held_out, seed, progress),
+        "by heart": _by_heart(settings, training, held_out, seed),
+        "noise": noise(settings, training, held_out, seed, progress),
+        "noise in patches": noise_in_patches(settings, training, held_out, seed, progress),
         "cost": _cost(settings["speed"], density),
         "curves": {
             name: {"x": found["steps"], "y": found["curve"]} for name, found in emergence.items() if "wide" in name
@@ -122,7 +131,7 @@ def _watched(
     loss: Callable[[nn.Module, Any], Tensor] = _class_loss,
 ) -> dict[str, Any]:
     """Train with a rate that falls along a line, and put down how many neurons were active."""
-    optimizer = _optimizer(model, settings)
+    optimizer = optimizer_of(model, settings)
     steps = settings["steps"]
 
     def cool(step: int) -> None:
@@ -145,12 +154,18 @@ def _watched(
     }
 
 
-def _optimizer(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """SGD with momentum, or Adam where there is none; no weight decay, which would silence neurons by itself."""
-    rate, momentum = settings["learning_rate"], settings["momentum"]
-    if momentum is None:
-        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, fused=True)
+def _by_heart(settings: dict[str, Any], training: Digits, held_out: Digits, seed: int) -> dict[str, dict[str, Any]]:
+    """Perceptrons that learn random labels of few images, all by heart, or of so many that they know hardly any."""
+    own, found = settings["by heart"], {}
+    for name, count in (("few", own["few"]), ("many", len(training))):
+        torch.manual_seed(seed)
+        model, learned = perceptron(own["width"]), by_heart(training, count, seed)
+        batches = drawn(learned, settings["steps"], settings["batch"], generator_for("lazy batches", seed))
+        found[name] = _watched(model, batches, settings, held_out.images[:500], learned.images[:500])
+        with torch.inference_mode():
+            right = model(learned.images).argmax(1) == learned.labels
+        found[name]["known by heart"] = 100 * float(right.double().mean())
+    return found
 
 
 def _architectures(
@@ -204,62 +219,7 @@ def _gradient(own: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- noise
-
-
-def _noise(
-    settings: dict[str, Any], training: Digits, held_out: Digits, seed: int, progress: Track
-) -> dict[str, dict[str, float]]:
-    own = settings["noise"]
-    found = {}
-    cases = [(method, share) for share in own["shares"] for method in METHODS]
-    for method, share in progress(cases, "noise"):
-        labels = noisy_labels(training.labels, share, CLASSES, seed)
-        model = _trained(method, Digits(training.images, labels), own, settings, seed)
-        found[f"{method} at {share:g}"] = _quality(model, held_out, seed)
-    return found
-
-
-def _trained(method: str, data: Digits, own: dict[str, Any], settings: dict[str, Any], seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = perceptron(own["width"], dropout=own["dropout"] if method == "dropout" else 0.0)
-    if method == "top-k":
-        model[[type(layer) for layer in model].index(nn.ReLU)] = TopKActivation(ratio=own["ratio"])
-    penalty = ActivationPenalty(model, activation_taps(model), "l1", weight=own["l1"]) if method == "L1" else None
-    optimizer = _optimizer(model, settings)
-    generator = generator_for("lazy batches", seed)
-    model.train()
-    for step, rows in enumerate(torch.randint(len(data), (own["steps"], settings["batch"]), generator=generator)):
-        optimizer.param_groups[0]["lr"] = settings["learning_rate"] * (1 - step / own["steps"])
-        loss = functional.cross_entropy(model(data.images[rows]), data.labels[rows])
-        optimizer.zero_grad()
-        (loss if penalty is None else loss + penalty.loss()).backward()
-        optimizer.step()
-    if penalty is not None:
-        penalty.close()
-    return model.eval()
-
-
-@torch.inference_mode()
-def _quality(model: nn.Module, held_out: Digits, seed: int) -> dict[str, float]:
-    generator = generator_for("worse images", seed)
-    logits = model(held_out.images).double()
-    worse = {
-        "Gaussian noise": corrupt(held_out.images, "noise", 2, seed),
-        "impulse noise": impulse_noise(held_out.images, 0.2, generator),
-        "shot noise": shot_noise(held_out.images, 3.0, generator),
-        "blur": corrupt(held_out.images, "blur", 2, seed),
-        "contrast": corrupt(held_out.images, "contrast", 2, seed),
-    }
-    right = {name: 100 * float((model(x).argmax(1) == held_out.labels).double().mean()) for name, x in worse.items()}
-    return {
-        "accuracy": 100 * float((logits.argmax(1) == held_out.labels).double().mean()),
-        **right,
-        "corrupted": sum(right.values()) / len(right),
-        "calibration error": calibration_error(logits, held_out.labels, bins=BINS),
-        "nll": float(functional.cross_entropy(logits, held_out.labels)),
-        "density": activation_density(model, held_out.images, activation_taps(model)).density,
-    }
+# ----------------------------------------------------------------------------------------------------- cost
 
 
 def _cost(own: dict[str, int], density: float) -> dict[str, float]:
@@ -348,9 +308,13 @@ def _told(observations: list[Observation]) -> dict[str, Interval | float]:
     for name in observations[0]["emergence"]:
         for key in ("start", "end", "end on training data", "dead", "neurons for half of the work"):
             numbers[f"{name}: {key}"] = _mean([row["emergence"][name][key] for row in observations])
-    for name, first in observations[0]["noise"].items():
-        for key in first:
-            numbers[f"{name}: {key}"] = _mean([row["noise"][name][key] for row in observations])
+    for name in observations[0]["by heart"]:
+        for key in ("known by heart", "start", "end", "end on training data"):
+            numbers[f"random labels of {name} images: {key}"] = _mean([o["by heart"][name][key] for o in observations])
+    for part in ("noise", "noise in patches"):
+        for name, first in observations[0][part].items():
+            for key in first:
+                numbers[f"{name}: {key}"] = _mean([row[part][name][key] for row in observations])
     rows = [row["noise"] for row in observations]
     for rival in ("dropout", "L1"):
         numbers[f"accuracy after 0.4 wrong labels, top-k − {rival}"] = _gap(rows, "0.4", "accuracy", 1, rival)
