@@ -113,3 +113,29 @@ def test_what_does_not_fit_is_refused(tiny_llama, documents):
         pass
     with pytest.raises(ModelError, match="keep the shape"), edited(tiny_llama, 0, lambda x: x[:, :1]), torch.no_grad():
         tiny_llama(documents[0][None])
+
+
+def test_only_labelled_predictions_count(tiny_llama, documents):
+    sae = SAE(48, 96, TopK(3)).eval()
+    text = documents[1]
+    labels = torch.full_like(text, -100)
+    labels[5:9] = text[5:9]  # predicted from what comes before them
+    report = evaluate_splice(tiny_llama, 1, sae, [text], progress=False, labels=[labels])
+    whole = evaluate_splice(tiny_llama, 1, sae, [text], progress=False)
+    with torch.no_grad():
+        log = tiny_llama(text[None]).logits[0].log_softmax(-1)
+    assert report.dense == pytest.approx(-float(log[torch.arange(4, 8), text[5:9]].mean()), rel=1e-5)
+    assert (report.tokens, whole.tokens) == (4, 32)
+    assert (report.unexplained, report.active) == (whole.unexplained, whole.active)
+    everything = evaluate_splice(tiny_llama, 1, sae, [text], progress=False, labels=[text])
+    assert everything == whole
+
+
+def test_labels_belong_to_documents(tiny_llama, documents):
+    sae = SAE(48, 96, TopK(3)).eval()
+    for labels in (documents[:1], [text[:-1] for text in documents]):
+        with pytest.raises(CalibrationError, match="one for each"):
+            evaluate_splice(tiny_llama, 1, sae, documents, progress=False, labels=labels)
+    nothing = [torch.full_like(text, -100) for text in documents]
+    with pytest.raises(CalibrationError, match="one to predict"):
+        evaluate_splice(tiny_llama, 1, sae, documents, progress=False, labels=nothing)

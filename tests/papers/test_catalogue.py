@@ -6,7 +6,7 @@ import re
 import pytest
 
 from gossamer.errors import ConfigurationError, UnknownNameError
-from gossamer.papers import ROOMS, paper, papers, rows, stored_result
+from gossamer.papers import ROOMS, find_experiment, paper, papers, rows, stored_result
 from gossamer.papers.catalogue import parse
 from gossamer.papers.results import shipped_directory
 
@@ -55,6 +55,18 @@ def test_row_is_well_formed(entry):
 def test_every_paper_that_works_has_a_stored_result():
     working = [entry.slug for entry in papers() if entry.status == "works"]
     assert [slug for slug in working if stored_result(slug) is None] == []
+
+
+_STORED = [entry.slug for entry in papers() if stored_result(entry.slug) is not None]
+
+
+@pytest.mark.parametrize("slug", _STORED)
+def test_stored_verdict_is_what_the_stored_observations_say(slug):
+    result, experiment = stored_result(slug), find_experiment(slug)
+    assert (result.claim, result.rule) == (experiment.claim, experiment.rule)
+    verdict = experiment.decide(result.observations)
+    assert (verdict.outcome, verdict.reason) == (result.verdict.outcome, result.verdict.reason)
+    assert set(verdict.numbers) == set(result.verdict.numbers)
 
 
 def test_unknown_slug_suggests_the_nearest():

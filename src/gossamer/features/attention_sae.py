@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gossamer.errors import ConfigurationError
 from gossamer.features.activation_rules import ActivationRule
 from gossamer.features.sae import SAE
-from gossamer.features.splicing import SpliceReport, edited, evaluate_splice
+from gossamer.features.splicing import SpliceReport, edited, evaluate_splice, judged_texts
 from gossamer.measure.windows import evaluation_mode, logits_of
 from gossamer.models.blocks import run_batch
 
@@ -179,23 +179,30 @@ class AttentionQuality:
 
 
 def attention_quality(
-    model: nn.Module, site: str, sae: SAE, documents: Iterable[Tensor], skip_first: int = 1, progress: bool = False
+    model: nn.Module,
+    site: str,
+    sae: SAE,
+    documents: Iterable[Tensor],
+    skip_first: int = 1,
+    progress: bool = False,
+    labels: Iterable[Tensor] | None = None,
 ) -> AttentionQuality:
     """Measure sparsity, variance, loss recovered from the mean and from zero, and densities on unseen text.
 
     Parameters
     ----------
-    model, documents, skip_first, progress
-        As in :func:`gossamer.features.splicing.evaluate_splice`.
+    model, documents, skip_first, progress, labels
+        As in :func:`gossamer.features.splicing.evaluate_splices`.
     site
         Name of the heads' output, of :func:`gossamer.models.head_outputs.exposed_heads`, which must be in force.
     sae
         In evaluation mode; any with ``forward``, so that neurons or principal components can take its place.
     """
-    texts = [text.reshape(1, -1) for text in documents]
-    splice = evaluate_splice(model, site, sae, texts, skip_first, progress)
+    texts, labels = list(documents), None if labels is None else list(labels)
+    splice = evaluate_splice(model, site, sae, texts, skip_first, progress, labels=labels)
+    texts, counted = judged_texts(texts, labels, skip_first)
     active, rows = torch.zeros(sae.n_features), 0
-    lost, tokens = 0.0, 0
+    lost = 0.0
 
     def count(x: Tensor) -> Tensor:
         nonlocal rows
@@ -205,8 +212,7 @@ def attention_quality(
         return torch.zeros_like(x)
 
     with evaluation_mode(model), edited(model, site, count, skip_first):
-        for text in (text for text in texts if text.shape[1] > skip_first + 1):
+        for text, here in zip(texts, counted, strict=True):
             logits = logits_of(run_batch(model, text))[0, :-1].float()
-            lost += float(nn.functional.cross_entropy(logits, text[0, 1:], reduction="sum"))
-            tokens += text.shape[1] - 1
-    return AttentionQuality(splice, lost / tokens, active / rows)
+            lost += float(nn.functional.cross_entropy(logits[here], text[0, 1:][here], reduction="sum"))
+    return AttentionQuality(splice, lost / splice.tokens, active / rows)

