@@ -26,6 +26,7 @@ from benchmarks import (
     token_sparse_training,
     training_kernels,
     training_step,
+    truncated_em,
 )
 from benchmarks.harness import main
 
@@ -55,6 +56,7 @@ BENCHMARKS = (
     features_training,
     features_pursuit,
     features_latents,
+    truncated_em,
 )
 
 main(lambda options: [row for benchmark in BENCHMARKS for row in benchmark.measure(options)])
