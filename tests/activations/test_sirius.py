@@ -113,9 +113,9 @@ def test_without_rewriting_the_sparse_keys_and_values_stay(sharp):
     steps = []
 
     class Spy(SiriusGenerator):
-        def _window(self, text, cache):
-            ended = super()._window(text, cache)
-            steps.append([layer.keys.clone() for layer in cache.layers])
+        def _window(self, text):
+            ended = super()._window(text)
+            steps.append([layer.keys.clone() for layer in self._text.cache.layers])
             return ended
 
     caches = {}
@@ -137,9 +137,10 @@ def test_the_full_model_reads_exact_states_after_a_rewrite(sharp):
     last = {}
 
     class Spy(SiriusGenerator):
-        def _window(self, text, cache):
-            ended = super()._window(text, cache)
-            last["keys"], last["ids"] = [layer.keys.clone() for layer in cache.layers], text.ids[:, :-1]
+        def _window(self, text):
+            ended = super()._window(text)
+            keys = [layer.keys.clone() for layer in self._text.cache.layers]
+            last["keys"], last["ids"] = keys, text.ids[:, :-1]
             return ended
 
     for width in (1, 3):

@@ -112,3 +112,10 @@ def test_the_one_that_is_kept_is_the_last_of_the_highest(m, tied):
     expected = torch.zeros(50, m, dtype=torch.bool)
     expected[torch.arange(50), scores.argsort(dim=1, stable=True)[:, -1]] = True
     assert torch.equal(keep_one(scores), expected)
+
+
+def test_a_graph_keeps_what_is_kept_without_it():
+    scores = torch.tensor([[3.0, 1.0, 1.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    kept = torch.compile(keep_highest, backend="eager", fullgraph=True)(scores, 2)
+    assert torch.equal(kept, keep_highest(scores, 2))
+    assert kept.tolist() == [[True, False, False, True, True], [False, False, True, True, True]]

@@ -45,6 +45,11 @@ class ContextualSparse:
     keep
         Share of neurons, in (0, 1].
 
+    Attributes
+    ----------
+    device
+        Where cut matrices go; None for where the whole ones are.
+
     Raises
     ------
     ConfigurationError
@@ -60,6 +65,7 @@ class ContextualSparse:
             raise SparsityError(f"keep is {keep!r}; it must be in (0, 1], such as 0.5 for half of the neurons")
         self.model, self.kind, self.keep = model, kind, keep
         self.cuts: list[SlicedFeedForward] = []
+        self.device: torch.device | None = None
         self._on = False
         self._handles: list[Any] = []
         self._gates: list[GateSite] = find_gate_sites(model) if kind == "cats" else []
@@ -122,7 +128,7 @@ class ContextualSparse:
         used = [layer for layer in self.layers if seen[layer.name].tokens]
         if not used:
             raise CalibrationError("no layer saw the prompt; call the model inside of observing()")
-        self.cuts = [slice_gated_ffn(layer, seen[layer.name].largest(self.keep)) for layer in used]
+        self.cuts = [slice_gated_ffn(layer, seen[layer.name].largest(self.keep), self.device) for layer in used]
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -7,93 +7,24 @@ take the place of the sparse ones, the longest plausible beginning is kept, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.activations.contextual import ContextualSparse, Kind
+from gossamer.activations.correction_runtimes import CompiledText, EagerText, NativeText, Runtime, Text
+from gossamer.activations.correction_stats import SiriusStats, Window
 from gossamer.activations.draft_tree import DraftTree
 from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, real_tokens, run_generate
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, check_sparsity
 from gossamer.measure.windows import accepted, evaluation_mode
-from gossamer.models.key_value_cache import crop_to, entries, keep_positions, overwrite, rewritable
+from gossamer.models.key_value_cache import entries, keep_positions, overwrite, rewritable
+from gossamer.models.streamed_feedforward import StreamedFeedForwards
 
 Acceptance = Literal["likely", "exact"]
-
-
-@dataclass(frozen=True)
-class Window:
-    """What happened between two checks.
-
-    Attributes
-    ----------
-    drafted
-        Tokens of the sparse model (the depth of a tree).
-    accepted
-        Those that were kept.
-    advance
-        Tokens by which the text grew: those, and the full model's own.
-    read
-        Tokens that the check read; more than a tree is deep if it has branches.
-    """
-
-    drafted: int
-    accepted: int
-    advance: int
-    read: int
-
-
-@dataclass
-class SiriusStats:
-    """Figures of one generation.
-
-    Attributes
-    ----------
-    kernel_size
-        k.
-    density
-        d, the share of weights that a step of the sparse model reads.
-    windows
-        One for each check.
-    """
-
-    kernel_size: int
-    density: float
-    windows: list[Window] = field(default_factory=list)
-
-    @property
-    def checks(self) -> int:
-        """Calls of the full model after the prompt."""
-        return len(self.windows)
-
-    @property
-    def rollbacks(self) -> int:
-        """Checks that threw tokens away."""
-        return sum(window.accepted < window.drafted for window in self.windows)
-
-    @property
-    def aal(self) -> float:
-        """Average advance length of a check, at most k; windows that the end of the text cut short do not count.
-
-        All count where there are no others; NaN without any check.
-        """
-        full = [w for w in self.windows if w.drafted == self.kernel_size - 1] or self.windows
-        return sum(w.advance for w in full) / len(full) if full else float("nan")
-
-    @property
-    def effective_density(self) -> float:
-        """((k − 1) d + 1) / AAL: weights read for a token, as a share of what the full model reads."""
-        return ((self.kernel_size - 1) * self.density + 1) / self.aal
-
-    @property
-    def measured_density(self) -> float:
-        """The same from the steps that were really made, windows that were cut short included."""
-        advance = sum(w.advance for w in self.windows)
-        steps = sum(w.drafted * self.density + 1 for w in self.windows)
-        return steps / advance if advance else float("nan")
 
 
 @dataclass(frozen=True)
@@ -122,8 +53,9 @@ class SiriusGenerator:
     With a tree, the sparse model keeps the `tree_width` likeliest continuations and the full model reads all of them in
     one pass, each token seeing the text and its own ancestors; the path with the longest accepted beginning is kept.
 
-    Where accelerate streams the full feed-forward layers in from memory or disk, that happens at checks only: the cut
-    matrices of ``griffin`` stay where the model computes.
+    A model that is too large for its device is offloaded: the cut matrices of ``griffin`` and everything outside of
+    feed-forward layers stay on the device, and the full matrices stream in for prompts and checks only, each layer's
+    while the one before it computes. Where accelerate streams them from memory or disk, that happens then only as well.
 
     Parameters
     ----------
@@ -143,11 +75,27 @@ class SiriusGenerator:
         ``likely`` or ``exact``.
     rewrite, rollback
         Ablations: leave the sparse model's keys and values; keep all tokens whatever the check says.
+    runtime
+        ``eager`` runs transformers' own code. ``compile`` runs a graph of torch.compile for each of the two models over
+        a cache of fixed size; the first text waits for the compiler. ``native`` runs gossamer's compiled steps on the
+        CPU, for ``griffin`` and models that they know; a cache that is given then keeps the prompt only.
+    offload
+        Device to compute on, to which the model moves; its full feed-forward matrices stay and stream in. None to
+        leave all where it is. For ``griffin`` with ``eager``.
+    backend
+        Of torch.compile.
+
+    Attributes
+    ----------
+    streamed
+        Where the full matrices come from, with the bytes that moved; None without offloading.
 
     Raises
     ------
     ConfigurationError
-        If a value is out of its range, or the sparsity belongs to another model.
+        If a value is out of its range, settings do not fit each other, or the sparsity belongs to another model.
+    ModelError
+        If the model cannot run in the native runtime.
     """
 
     def __init__(
@@ -161,8 +109,12 @@ class SiriusGenerator:
         accept: Acceptance = "likely",
         rewrite: bool = True,
         rollback: bool = True,
+        runtime: Runtime = "eager",
+        offload: torch.device | str | None = None,
+        backend: Any = "inductor",
     ):
         _check_settings(kernel_size, thr, tau, tree_width, accept)
+        _check_runtime(runtime, sparse.kind, tree_width, rewrite, offload)
         if sparse.model is not model:
             raise ConfigurationError("sparse was made for another model; make a ContextualSparse of the one you give")
         if tree_width > 1 and not (rewrite and rollback):
@@ -171,6 +123,16 @@ class SiriusGenerator:
         self.kernel_size, self.thr, self.tau, self.tree_width = kernel_size, thr, tau, tree_width
         self.accept, self.rewrite, self.rollback = accept, rewrite, rollback
         self.stats = SiriusStats(kernel_size, sparse.density)
+        self.streamed: StreamedFeedForwards | None = None
+        if offload is not None:
+            self.streamed = StreamedFeedForwards(model, sparse.layers, offload)
+            sparse.device = self.streamed.device
+        self._text = self._runtime(runtime, backend)
+
+    def _runtime(self, runtime: Runtime, backend: Any) -> Text:
+        if runtime == "compile":
+            return CompiledText(self.model, self.sparse, self.kernel_size, backend)
+        return (NativeText if runtime == "native" else EagerText)(self.model, self.sparse)
 
     def generate(self, **inputs: Any) -> SiriusOutput:
         """Continue a prompt.
@@ -193,6 +155,8 @@ class SiriusGenerator:
     def remove(self) -> None:
         """Leave the model as it was."""
         self.sparse.remove()
+        if self.streamed is not None:
+            self.streamed.remove()
 
     def loop(
         self,
@@ -208,61 +172,66 @@ class SiriusGenerator:
         cache = rewritable(model_kwargs.get("past_key_values"))
         max_length = getattr(generation_config, "max_length", None) or input_ids.shape[1] + 20
         text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length)
-        fresh = real_tokens(input_ids, model_kwargs.get("attention_mask"), cache.get_seq_length())
+        past = cache.get_seq_length()
+        fresh = real_tokens(input_ids, model_kwargs.get("attention_mask"), past)
+        more = prompt_inputs(model_kwargs)
+        if more and isinstance(self._text, NativeText):
+            raise ConfigurationError(f"runtime='native' reads tokens, and no {', '.join(more)}; use runtime='eager'")
         self.stats = SiriusStats(self.kernel_size, self.sparse.density)
         with evaluation_mode(self.model):
             with self.sparse.observing():
-                logits = self._call(fresh, cache, **prompt_inputs(model_kwargs), **accepted(model, logits_to_keep=1))
-            ended = text.append([int(text.scores(logits[-1], []).argmax())])
+                logits = _prompt(model, fresh, cache, more)
+            self._text.begin(input_ids if past else fresh, cache, text.room)
+            ended = text.append([int(text.scores(logits, []).argmax())])
             while not ended:
-                ended = self._window(text, cache)
+                ended = self._window(text)
+            self._text.end()
         return text.ids
 
-    def _window(self, text: GreedyText, cache: Any) -> bool:
+    def _window(self, text: GreedyText) -> bool:
         """Draft, check, keep; returns whether the text has ended."""
-        steps = min(self.kernel_size - 1, text.room - 1)
-        base = cache.get_seq_length()
-        tree, leaves = self._draft(text, cache, steps)
-        stored = None if self.rewrite else entries(cache, base, cache.get_seq_length())
-        crop_to(cache, base)
+        base = self._text.length
+        tree, leaves = self._draft(text, min(self.kernel_size - 1, text.room - 1))
+        stored = None if self.rewrite else entries(self._eager.cache, base, self._text.length)
+        self._text.crop(base)
         if self.tree_width == 1:
-            scores = self._call(torch.tensor([tree.tokens], device=text.ids.device), cache)
+            scores = self._text.check(tree.tokens)
         else:
             tree, leaves = tree.pruned(leaves)
             everything = list(range(len(tree.tokens)))
-            scores = self._read(tree, everything, dict(zip(everything, everything)), base, cache)
+            scores = self._read(tree, everything, dict(zip(everything, everything)), base)
         path, kept, following = self._judge(text, tree, leaves, scores)
         if self.tree_width == 1:
-            crop_to(cache, base + kept + 1)
+            self._text.crop(base + kept + 1)
         else:
             chosen = [*range(base), *(base + place for place in path[: kept + 1])]
-            keep_positions(cache, torch.tensor(chosen))
+            keep_positions(self._eager.cache, torch.tensor(chosen))
         if stored is not None:
-            overwrite(cache, base, stored, min(kept + 1, stored[0][0].shape[-2]))
+            overwrite(self._eager.cache, base, stored, min(kept + 1, stored[0][0].shape[-2]))
         before = text.generated
         ended = text.append([tree.tokens[place] for place in path[1 : kept + 1]])
         ended = ended or text.append([following])
         self.stats.windows.append(Window(len(path) - 1, kept, text.generated - before, len(tree.tokens)))
         return ended
 
-    def _draft(self, text: GreedyText, cache: Any, steps: int) -> tuple[DraftTree, list[int]]:
+    def _draft(self, text: GreedyText, steps: int) -> tuple[DraftTree, list[int]]:
         """Let the sparse model go on for some steps; a path stops where the text would end, which a check must approve.
 
         Returns the tree and the places of its leaves, the likeliest first.
         """
-        tree, base = DraftTree([int(text.ids[0, -1])]), cache.get_seq_length()
+        tree, base = DraftTree([int(text.ids[0, -1])]), self._text.length
         beam: list[tuple[int, float, bool]] = [(0, 0.0, False)]
         slots: dict[int, int] = {}
-        with self.sparse.active():
+        with self._text.drafting():
             for _ in range(steps):
                 live = [place for place, _, ended in beam if not ended]
                 if not live:
                     break
                 slots |= {place: len(slots) + i for i, place in enumerate(live)}
                 if self.tree_width == 1:
-                    logits = self._call(torch.tensor([[tree.tokens[live[0]]]], device=text.ids.device), cache)
+                    logits = self._text.draft(tree.tokens[live[0]])
                 else:
-                    logits = self._read(tree, live, slots, base, cache)
+                    logits = self._read(tree, live, slots, base)
                 beam = self._extended(text, tree, beam, dict(zip(live, logits)))
         return tree, [place for place, _, _ in beam]
 
@@ -317,14 +286,22 @@ class SiriusGenerator:
             good = (scores / self.tau).softmax(-1).gather(1, words[:, None])[:, 0] >= self.thr
         return int(good.long().cumprod(0).sum())
 
-    def _read(self, tree: DraftTree, places: list[int], slots: dict[int, int], base: int, cache: Any) -> Tensor:
-        like = torch.empty(0, dtype=cache.layers[0].keys.dtype, device=cache.layers[0].keys.device)
-        ids, positions, mask = tree.inputs(places, slots, base, like)
-        return self._call(ids, cache, position_ids=positions, attention_mask=mask)
+    def _read(self, tree: DraftTree, places: list[int], slots: dict[int, int], base: int) -> Tensor:
+        text = self._eager
+        ids, positions, mask = tree.inputs(places, slots, base, text.cache.layers[0].keys.new_empty(0))
+        return text.read(ids, position_ids=positions, attention_mask=mask)
 
-    def _call(self, ids: Tensor, cache: Any, **options: Any) -> Tensor:
-        """Logits ``(tokens, vocabulary)``; the tokens go into the cache."""
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits[0]
+    @property
+    def _eager(self) -> EagerText:
+        """The text, for trees and ablations, which look into its cache."""
+        assert isinstance(self._text, EagerText)  # as _check_runtime has made sure
+        return self._text
+
+
+def _prompt(model: Any, ids: Tensor, cache: Any, more: dict[str, Any]) -> Tensor:
+    """Logits ``(vocabulary,)`` behind a prompt, which goes into the cache."""
+    few = accepted(model, logits_to_keep=1)
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **more, **few).logits[0, -1]
 
 
 @register(
@@ -348,7 +325,7 @@ class Sirius:
         Share of the neurons of feed-forward layers that a step between checks leaves out.
     kind
         ``griffin`` or ``cats``; see :class:`ContextualSparse`.
-    kernel_size, thr, tau, tree_width
+    kernel_size, thr, tau, tree_width, runtime, offload
         See :class:`SiriusGenerator`.
     """
 
@@ -358,17 +335,29 @@ class Sirius:
     thr: float = 0.1
     tau: float = 0.6
     tree_width: int = 1
+    runtime: Runtime = "eager"
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         _check_settings(self.kernel_size, self.thr, self.tau, self.tree_width, "likely")
         if self.kind not in get_args(Kind):
             raise ConfigurationError(f"kind is {self.kind!r}; it must be griffin (by prompt) or cats (by token)")
+        _check_runtime(self.runtime, self.kind, self.tree_width, True, self.offload)
 
     def install(self, model: nn.Module) -> SiriusGenerator:
         """A generator for a model, until its ``remove()`` is called."""
         sparse = ContextualSparse(model, self.kind, 1 - self.sparsity)
-        return SiriusGenerator(model, sparse, self.kernel_size, self.thr, self.tau, self.tree_width)
+        return SiriusGenerator(
+            model,
+            sparse,
+            self.kernel_size,
+            self.thr,
+            self.tau,
+            self.tree_width,
+            runtime=self.runtime,
+            offload=self.offload,
+        )
 
 
 def _check_settings(kernel_size: int, thr: float, tau: float, tree_width: int, accept: str) -> None:
@@ -381,3 +370,17 @@ def _check_settings(kernel_size: int, thr: float, tau: float, tree_width: int, a
         raise ConfigurationError(f"tau is {tau!r}; it must be a temperature above 0, such as 0.6")
     if accept not in get_args(Acceptance):
         raise ConfigurationError(f"accept is {accept!r}; it must be likely or exact")
+
+
+def _check_runtime(runtime: str, kind: Kind, tree_width: int, rewrite: bool, offload: Any) -> None:
+    if runtime not in get_args(Runtime):
+        raise ConfigurationError(f"runtime is {runtime!r}; it must be eager, compile or native")
+    wanted = {"tree_width": (tree_width, 1), "rewrite": (rewrite, True), "offload": (offload, None)}
+    for name, (value, usual) in wanted.items():
+        if runtime != "eager" and value != usual:
+            raise ConfigurationError(f"{name}={value!r} is for runtime='eager', not {runtime!r}; use one of both")
+    if kind != "griffin" and (runtime == "native" or offload is not None):
+        raise ConfigurationError(
+            f"kind={kind!r} chooses neurons for each token and needs all weights at hand; offload and runtime='native' "
+            f"are for kind='griffin'"
+        )

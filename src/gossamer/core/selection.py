@@ -80,6 +80,9 @@ def keep_highest(scores: Tensor, dropped: int, name: str = "scores") -> Tensor:
     rows, n = scores.shape
     if not 0 <= dropped <= n:
         raise SparsityError(f"{name}: cannot drop {dropped} of {n} elements")
+    if torch.compiler.is_compiling():  # a graph cannot look at numbers; NaN sorts last, and is kept and seen
+        lowest = scores.argsort(dim=1, stable=True)[:, :dropped]
+        return torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False)
     scores = check_scores(scores, name)
     if dropped == 0 or rows == 0:
         return torch.ones(rows, n, dtype=torch.bool, device=scores.device)

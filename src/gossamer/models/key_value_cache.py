@@ -1,4 +1,8 @@
-"""Caches of keys and values that are rolled back, rewritten in place, and thinned out to some of their tokens."""
+"""Caches of keys and values that are rolled back, rewritten in place, and thinned out to some of their tokens.
+
+One kind grows and shows what it holds. The other has one size for good, as compiled graphs want it, and a number that
+says how many of its places count.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from gossamer.errors import ConfigurationError
 
@@ -94,7 +98,7 @@ def keep_positions(cache: Any, index: Tensor, layers: slice = slice(None)) -> No
     index
         Entries to keep, ``(n,)`` int64, ascending.
     layers
-        Which layers; all by default. A model can go on only when all have equally many entries.
+        Which layers; all by default. Where they have not equally many entries, each block needs a mask of its own.
     """
     for layer in cache.layers[layers]:
         kept = [states.index_select(-2, index.to(states.device)) for states in (layer.keys, layer.values)]
@@ -115,3 +119,71 @@ def overwrite(cache: Any, start: int, stored: list[tuple[Tensor, Tensor]], token
         for layer, (keys, values) in zip(cache.layers, stored, strict=True):
             layer.keys[..., start : start + tokens, :] = keys[..., :tokens, :]
             layer.values[..., start : start + tokens, :] = values[..., :tokens, :]
+
+
+class StaticMemory:
+    """Keys and values of one text at addresses and in shapes that never change.
+
+    A model that is called with :attr:`cache` writes its tokens from place :attr:`length` on, over what was there, and
+    sees the places before. Compiled graphs can therefore be used for every token, and recorded ones again.
+
+    Parameters
+    ----------
+    layers
+        Of the model.
+    capacity
+        Places for tokens.
+
+    Attributes
+    ----------
+    cache
+        For ``past_key_values``; a call advances its length, not :attr:`length`: say so with :meth:`rewind`.
+    length
+        Tokens that count.
+    """
+
+    def __init__(self, layers: int, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._layers: list[Any] = [StaticLayer(max_cache_len=capacity) for _ in range(layers)]
+        self.cache = Cache(layers=self._layers)
+
+    def fill(self, cache: Any) -> None:
+        """Take over the tokens of a cache that :func:`rewritable` has returned.
+
+        Raises
+        ------
+        ConfigurationError
+            If there are more than places.
+        """
+        tokens = cache.get_seq_length()
+        if tokens > self.capacity:
+            raise ConfigurationError(f"{tokens} tokens do not fit into a static cache of {self.capacity}")
+        self.rewind(0)
+        for number, layer in enumerate(cache.layers):
+            self._layers[number].update(layer.keys, layer.values)
+        self.length = tokens
+
+    def places(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """What a call with so many tokens needs: positions ``(1, tokens)``, and an additive mask.
+
+        The mask, ``(1, 1, tokens, capacity)``, shows every token those before it. Models make one of their own from
+        what a cache says about itself, which depends on numbers that a graph does not know.
+        """
+        keys = self._layers[0].keys
+        positions = torch.arange(self.length, self.length + tokens, device=keys.device)
+        unseen = torch.arange(self.capacity, device=keys.device) > positions[:, None]
+        mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device)
+        return positions[None], mask.masked_fill_(unseen, torch.finfo(keys.dtype).min)[None, None]
+
+    def rewind(self, tokens: int) -> None:
+        """Let so many tokens count; what comes next overwrites the places behind them."""
+        self.length = tokens
+        for layer in self._layers:
+            layer.cumulative_length.fill_(tokens)
+
+    def append_to(self, cache: Any) -> None:
+        """Give the tokens that `cache` does not have yet to it, at most those that count."""
+        start = cache.get_seq_length()
+        for number, layer in enumerate(self._layers):
+            states = (layer.keys[:, :, start : self.length], layer.values[:, :, start : self.length])
+            cache.layers[number].update(*(part.clone() for part in states))

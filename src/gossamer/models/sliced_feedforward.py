@@ -29,8 +29,8 @@ class SlicedFeedForward:
         The channels, ``(n,)`` int64, ascending.
     """
 
-    def __init__(self, layer: FeedForward, index: Tensor):
-        self.layer, self.index = layer, index
+    def __init__(self, layer: FeedForward, index: Tensor, device: torch.device | None = None):
+        self.layer, self.index, self._device = layer, index, device
         self._own: list[tuple[nn.Module, dict[str, nn.Parameter], dict[str, int]]] = []
         self._before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._silenced: list[Any] = []
@@ -94,16 +94,19 @@ class SlicedFeedForward:
     def _cut(self, target: Target, dim: int, index: Tensor) -> None:
         """Copy what `index` names along a dimension of the matrix, and of the bias if that runs along it."""
         module: Any = target.module
-        index = index.to(target.parameter.device)
         stored = 1 - dim if target.transposed else dim
-        own = {target.attribute: _frozen(target.parameter.detach().index_select(stored, index))}
+        own = {target.attribute: self._selected(target.parameter, stored, index)}
         if dim == 0 and getattr(module, "bias", None) is not None:
-            own["bias"] = _frozen(module.bias.detach().index_select(0, index))
+            own["bias"] = self._selected(module.bias, 0, index)
         names = ("out_features", "nf") if dim == 0 else ("in_features", "nx")
         self._own.append((module, own, {n: len(index) for n in names if n in vars(module)}))
 
+    def _selected(self, parameter: Tensor, dim: int, index: Tensor) -> nn.Parameter:
+        values = parameter.detach().index_select(dim, index.to(parameter.device))
+        return nn.Parameter(values.to(self._device or values.device).contiguous(), requires_grad=False)
 
-def slice_gated_ffn(layer: FeedForward, index: Tensor) -> SlicedFeedForward:
+
+def slice_gated_ffn(layer: FeedForward, index: Tensor, device: torch.device | None = None) -> SlicedFeedForward:
     """Cut a feed-forward layer down to some of its channels; the model is not changed until ``apply()``.
 
     The result computes ``down[:, index] (act(gate[index] x) ⊙ up[index] x)``, with the biases that there are, in the
@@ -115,6 +118,8 @@ def slice_gated_ffn(layer: FeedForward, index: Tensor) -> SlicedFeedForward:
         From :func:`gossamer.models.feedforward_search.find_feed_forwards`.
     index
         Channels to compute with, ``(n,)`` integers from 0 to the width of the layer, each once, in any order.
+    device
+        Where the cut matrices go; by default where the whole ones are.
 
     Returns
     -------
@@ -132,8 +137,4 @@ def slice_gated_ffn(layer: FeedForward, index: Tensor) -> SlicedFeedForward:
             f"{layer.name}: {len(chosen)} channels were chosen, from {chosen[:1].tolist()} to {chosen[-1:].tolist()}; "
             f"give at least one, each once, from 0 to {layer.width - 1}"
         )
-    return SlicedFeedForward(layer, chosen)
-
-
-def _frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.contiguous(), requires_grad=False)
+    return SlicedFeedForward(layer, chosen, device)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, NonFiniteError
-from gossamer.runtime.program import DecodeProgram, Session
+from gossamer.runtime.program import DecodeProgram
+from gossamer.runtime.session import Session
 
 _MANY = 1024  # most likely tokens among which the share `top_p` is looked for before all are sorted
 

@@ -8,7 +8,7 @@ computes in float32. When it is made it is compared with the model, and refused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.kernels.matrix import without_rounding
-from gossamer.kernels.native import VALUE_CODES, available, native, why_not
+from gossamer.kernels.native import available, native, why_not
 from gossamer.runtime.recognition import LayerParts, ModelParts, NormParts, recognise
+from gossamer.runtime.session import Session
 from gossamer.runtime.thresholds import Thresholds
 from gossamer.runtime.weights import (
     CHANNELS,
@@ -30,7 +31,6 @@ from gossamer.runtime.weights import (
     layer_problem,
 )
 
-_SPAN = 64  # a cache holds a multiple of these positions
 _PROBE, _PROBE_STEPS = 24, 2
 #: largest norm of the difference of logits, relative to that of the logits around their mean, that rounding explains
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
@@ -56,6 +56,8 @@ class DecodeProgram:
         Of all weights.
     head_bytes
         Of the output head.
+    key_sizes
+        Heads of keys and values in each layer, and numbers in each head.
     dense_share
         Of the bytes of weights that a token reads where every activation is live, the head included, those that it
         reads in any case: 1 without thresholds.
@@ -105,6 +107,7 @@ class DecodeProgram:
             return about
 
         layers = [layer_of(layer) for layer in parts.layers]
+        self.key_sizes = [(about["key_heads"], about["dim"]) for about in layers]
         self._kept += [list(shared.values()), parts, thresholds]
         self._native = native().Decoder(
             embedding.arguments(),
@@ -277,116 +280,6 @@ class DecodeProgram:
         """Return the seconds spent in each kind of work since this was last asked for."""
         names = ("rest", "matrices", "attention", "head")
         return dict(zip(names, self._native.seconds() or [0.0] * len(names)))
-
-
-class Session:
-    """A text that is being read or written: the keys and values of its tokens, and the logits of the next one.
-
-    Attributes
-    ----------
-    length
-        Tokens so far.
-    capacity
-        Tokens that it may have.
-    best
-        The most likely next token after the last call of :meth:`feed`.
-    """
-
-    def __init__(self, program: DecodeProgram, capacity: int, dtype: torch.dtype):
-        self.program, self.capacity, self.length, self.best = program, capacity, 0, -1
-        self._value = VALUE_CODES[dtype]
-        self._positions = -(-capacity // _SPAN) * _SPAN
-        self._cache = torch.zeros(program._native.cache_bytes(self._positions, self._value), dtype=torch.uint8)
-        self._logits = torch.empty(program.vocabulary)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self._cache.numel()
-
-    def feed(
-        self,
-        tokens: Sequence[int] | Tensor,
-        every: bool = False,
-        threads: int | None = None,
-        sparse: bool | None = None,
-    ) -> Tensor:
-        """Append tokens.
-
-        Parameters
-        ----------
-        tokens
-            At least one.
-        every
-            Whether logits of all of these tokens are wanted, and not only of the last.
-        threads
-            By default as many as torch uses. The result does not depend on it.
-        sparse
-            Whether thresholds of activations hold, if the program has any; by default for one token, and for more of
-            them if :attr:`Thresholds.prompt` says so.
-
-        Returns
-        -------
-        Tensor
-            ``(vocabulary,)`` float32, valid until the next call; with `every` ``(tokens, vocabulary)``.
-
-        Raises
-        ------
-        ConfigurationError
-            If there is no token, one is not in the vocabulary, or they do not fit into the cache.
-        """
-        return self._feed(tokens, every, threads, sparse=sparse)
-
-    def _feed(
-        self,
-        tokens: Sequence[int] | Tensor,
-        every: bool = False,
-        threads: int | None = None,
-        exact: bool = False,
-        sparse: bool | None = None,
-    ) -> Tensor:
-        """As :meth:`feed`; if `exact`, kernels for four-bit weights do not round their inputs."""
-        ids = torch.as_tensor(tokens, dtype=torch.int64).contiguous()
-        if ids.ndim != 1 or not len(ids):
-            raise ConfigurationError(f"tokens are {tuple(ids.shape)}; give at least one id, in one dimension")
-        if self.length + len(ids) > self.capacity:
-            raise ConfigurationError(
-                f"{self.length} tokens and {len(ids)} more do not fit into a cache for {self.capacity}; make a larger "
-                f"session"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.program.vocabulary:
-            raise ConfigurationError(f"token {low if low < 0 else high} is outside 0 … {self.program.vocabulary - 1}")
-        logits = torch.empty(len(ids), self.program.vocabulary) if every else self._logits
-        thresholds = self.program.thresholds
-        if thresholds is not None:
-            self.program._native.limit(len(ids) == 1 or thresholds.prompt if sparse is None else sparse)
-        self.best = self.program._native.step(
-            ids.data_ptr(),
-            len(ids),
-            self.length,
-            self._cache.data_ptr(),
-            self._positions,
-            self._value,
-            logits.data_ptr(),
-            every,
-            threads or torch.get_num_threads(),
-            exact,
-        )
-        self.length += len(ids)
-        return logits
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens after the first `length`.
-
-        Raises
-        ------
-        ConfigurationError
-            If there are fewer.
-        """
-        if not 0 <= length <= self.length:
-            raise ConfigurationError(f"length is {length}; the text has {self.length} tokens")
-        self.length = length
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
