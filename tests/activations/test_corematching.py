@@ -235,6 +235,88 @@ def test_generation_drops_entries_and_neurons_and_leaves_no_trace(sharp):
     assert all(torch.equal(value, before[name]) for name, value in sharp.state_dict().items())
 
 
+# ------------------------------------------------------------------------------- caches that choose for themselves
+
+
+def released(**options):
+    return CoreMatching(schedule="cache", layers=range(1, 3), tokens=CoreTokens(reference=-5), **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [range(1, 3), range(2)])
+def test_layers_lose_the_entries_that_do_not_match_their_own_neurons(layers, implementation, sharp):
+    """The prompt is read in full; tokens behind it do not see, in each of the layers, what that layer has dropped."""
+    middles = []
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda module, args: middles.append(args[0][0]))
+        for block in sharp.model.layers
+    ]
+    plain = sharp(PROMPT).logits[0, -1]
+    for handle in handles:
+        handle.remove()
+    method = CoreMatching(schedule="cache", layers=layers, tokens=CoreTokens(reference=-5), prune_neurons=False)
+    generator = method.install(sharp)
+    read = generator.read(PROMPT, droppable())
+    torch.testing.assert_close(read.logits, plain, rtol=1e-5, atol=1e-5)
+    kept = {number: CoreTokens(reference=-5).select(middles[number], droppable()) for number in layers}
+    assert {number: index.tolist() for number, index in read.own.items()} == {n: k.tolist() for n, k in kept.items()}
+    counts = [len(kept[number]) if number in kept else 30 for number in range(3)]
+    assert [entry.keys.shape[2] for entry in read.cache.layers] == counts
+    assert len(set(counts)) > 1
+
+    more = torch.tensor([[4, 8, 15]])
+    hidden = torch.zeros(3, 33, 33, dtype=torch.bool)
+    for number, index in kept.items():
+        gone = torch.ones(33, dtype=torch.bool)
+        gone[index] = False
+        gone[30:] = False
+        hidden[number, 30:, gone] = True
+    causal = torch.ones(33, 33, dtype=torch.bool).tril()
+    handles = [
+        block.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=causal & ~hidden[number]: (
+                args,
+                {**kwargs, "attention_mask": mask[None, None]},
+            ),
+            with_kwargs=True,
+        )
+        for number, block in enumerate(sharp.model.layers)
+    ]
+    expected = sharp(torch.cat([PROMPT, more], dim=1)).logits[0, 30:]
+    for handle in handles:
+        handle.remove()
+    sharp.set_attn_implementation(implementation)
+    torch.testing.assert_close(generator.extend(read, more), expected, rtol=1e-4, atol=1e-4)
+    one = generator.extend(read, torch.tensor([[16]]))
+    assert torch.equal(one[-1], read.logits)
+    assert [entry.keys.shape[2] for entry in read.cache.layers] == [count + 4 for count in counts]
+    assert not any(block._forward_pre_hooks for block in sharp.model.layers)
+
+
+def test_generation_under_the_released_schedule_is_that_of_its_parts(sharp):
+    generator = released().install(sharp, IMAGE)
+    text = generator.generate(input_ids=PROMPT, **OPTIONS)
+    read = generator.read(PROMPT, droppable())
+    tokens = [int(read.logits.argmax())]
+    with generator.sparse(read):
+        while len(tokens) < 8:
+            tokens.append(int(generator.extend(read, torch.tensor([tokens[-1:]]))[-1].argmax()))
+    assert text[0, 30:].tolist() == tokens
+    everything = released(neurons=CoreNeurons(beta=1.0))
+    everything.tokens = CoreTokens(elbow=False, share=1.0)
+    dense = sharp.generate(input_ids=PROMPT, do_sample=False, **OPTIONS)
+    assert torch.equal(everything.install(sharp, IMAGE).generate(input_ids=PROMPT, **OPTIONS), dense)
+
+
+def test_the_released_range_is_kept_in_proportion(sharp):
+    assert CoreMatching(schedule="cache").install(sharp).own_caches == range(1)
+    assert CoreMatching().install(sharp).own_caches == range(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
+    deep = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=32))
+    assert CoreMatching(schedule="cache").install(deep).own_caches == range(5, 19)  # the 6th to the 19th
+
+
 def test_marks_slices_and_ids_name_the_same_tokens_also_with_padding(sharp):
     ids = PROMPT.clone()
     ids[0, IMAGE] = 96
@@ -294,6 +376,12 @@ def test_prompts_that_cannot_be_thinned_out_are_refused(sharp):
 def test_models_that_do_not_fit_are_refused(sharp):
     with pytest.raises(ConfigurationError, match="layers 0 to 2"):
         CoreMatching(layer=3).install(sharp)
+    with pytest.raises(ConfigurationError, match="layer is 3; the model has layers 0 to 2"):
+        CoreMatching(schedule="cache", layers=range(2, 4)).install(sharp)
+    with pytest.raises(ConfigurationError, match="drop or cache"):
+        CoreMatching(schedule="mask")
+    with pytest.raises(ConfigurationError, match="names none"):
+        CoreMatching(schedule="cache", layers=range(3, 3))
     with pytest.raises(ModelError, match="stack"):
         CoreMatching().install(nn.Linear(3, 3))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -316,5 +404,8 @@ def test_operations_are_counted_by_hand(tiny_llama):
     assert core.prefill == one + 2 * two + 2 * head
     assert core.decode == 2 * (3 * 2 * (attention + forward // 2) + 2 * head) + 3 * 4 * 48 * (5 + 6)
     assert core.total == core.prefill + core.decode
+    released = generation_flops(tiny_llama, 10, 2, kept=4, own=range(1, 2))
+    assert released.prefill == dense.prefill
+    assert released.decode == dense.decode - 4 * 48 * 2 * (10 - 4)  # one block of three attends to 4 of 10, twice
     with pytest.raises(ConfigurationError, match="kept is 11"):
         generation_flops(tiny_llama, 10, 2, kept=11)

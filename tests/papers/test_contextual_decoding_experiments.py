@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gossamer.models.load import LoadedModel
-from gossamer.papers import corematching, sirius
+from gossamer.papers import core_pictures, corematching, sirius
 from gossamer.papers.chain_arithmetic import Chains
+from gossamer.papers.core_pictures import cells_of_patches, draw_pictures, picture_quiz
 from gossamer.papers.corematching import draw_quiz, overlap_of_random_weights
 
 
@@ -110,11 +111,14 @@ def test_one_seed_decides_nothing():
 
 
 SMALL = {"page": 24, "pages": 3, "question": 6, "answer": 6, "prompts": 2, "steps": 2, "simulated_neurons": 500}
+PICTURES = {"training": 8, "width": 16, "layers": 2, "steps": 3, "batch": 2, "pictures": 2, "shares": [0.25]}
 
 
-def test_corematching_goes_through_every_case_and_leaves_the_model_as_it_was(tiny):
+def test_corematching_goes_through_every_case_and_leaves_the_model_as_it_was(tiny, drawn_digits, monkeypatch):
+    monkeypatch.setattr(core_pictures, "digits", lambda: drawn_digits)
+    settings = {**corematching.QUICK, **SMALL, "pictures": {**corematching.QUICK["pictures"], **PICTURES}}
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    observed = corematching.run({**corematching.QUICK, **SMALL}, 0, quietly)
+    observed = corematching.run(settings, 0, quietly)
     json.dumps(observed, allow_nan=False)
     for row in observed["tokens"]:
         assert row["full"]["kept"] == 1 + 72 + 6
@@ -126,6 +130,46 @@ def test_corematching_goes_through_every_case_and_leaves_the_model_as_it_was(tin
     assert observed["neurons"][0]["all"] == pytest.approx(observed["tokens"][0]["full"]["loss"], rel=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
     assert tiny.config._attn_implementation == "sdpa"
+    # of three layers, the caches of the one that is the 6th to the 19th of 32 are thinned out
+    assert {row["layers"] for row in observed["released schedule"]} == {1}
+    assert all(0 < row["kept"] < 1 for row in observed["released schedule"])
+    pictures = observed["pictures"]["tokens"]
+    assert pictures["full"]["kept"] == 1 + 36 + 2
+    assert pictures["full"]["relevant"] == pytest.approx(4 / 36)
+    assert {pictures[f"{name} at 0.25"]["kept"] for name in ("core", "attention", "random", "last")} == {1 + 9 + 2}
+    assert set(observed["pictures"]["neurons"]) == {"all", "core", "random"}
+    assert observed["pictures"]["neurons"]["all"] == pytest.approx(pictures["full"]["loss"], rel=1e-4)
+
+
+def test_a_picture_shows_what_its_question_asks_for(drawn_digits):
+    def is_line(pixels):
+        return pixels.min() == pixels.max() > 2  # white; digits have no straight border
+
+    for seed in range(6):
+        quiz = picture_quiz(drawn_digits, torch.Generator().manual_seed(seed))
+        pixels = quiz.inputs["pixel_values"][0, 0]
+        place = cells_of_patches()[quiz.relevant[1:37]].unique()
+        assert len(place) == 1
+        assert quiz.relevant.sum() == 4
+        row, column = divmod(int(place), 3)
+        cell = pixels[14 * row : 14 * row + 14, 14 * column : 14 * column + 14]
+        upright = int(quiz.prompt[0, -2]) - core_pictures.LINES
+        ends = (cell[:, 0], cell[:, -1]) if upright else (cell[0], cell[-1])
+        assert all(is_line(end) for end in ends)
+        shown = torch.nn.functional.avg_pool2d(drawn_digits.images[drawn_digits.labels == quiz.answer.item()], 2)
+        inner = (shown[:, 0, 1:-1, 1:-1] - 0.13) / 0.31
+        assert float((inner - cell[1:-1, 1:-1]).abs().amax((1, 2)).min()) < 1e-5
+        assert quiz.droppable.tolist() == [False, *[True] * 36, False, False]
+
+
+def test_patches_know_their_place_and_digits_their_label(drawn_digits):
+    assert cells_of_patches().view(6, 6)[:3].tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5]]
+    pixels, shown, marked = draw_pictures(drawn_digits, 5, torch.Generator().manual_seed(1))
+    assert pixels.shape == (5, 1, 42, 42)
+    assert shown.shape == (5, 9)
+    assert bool((marked[:, 0] != marked[:, 1]).all())
+    again = draw_pictures(drawn_digits, 5, torch.Generator().manual_seed(1))
+    assert torch.equal(pixels, again[0])
 
 
 def test_a_quiz_asks_for_what_its_relevant_page_says():
@@ -162,7 +206,9 @@ def matched(core=1.0, attention=1.5, other=1.3, correlation=0.995, spread=0.02):
         cell = {"all": 0.9, "core": 1.0, "random": 3 + seed / 9, "largest weights": 2 + seed / 9}
         cells = [{**cell, "another prompt": other + spread * seed}]
         overlap = {"correlation with cosine": correlation}
-        made.append({"tokens": rows, "neurons": copy.deepcopy(cells), "overlap": overlap, "cost": {"times": 2.0}})
+        pictures = {"tokens": {"core at 0.4": {"right": 0.5, "loss": 1.0}}, "neurons": {"all": 0.5, "core": 0.6}}
+        told = {"cost": {"times": 2.0}, "pictures": pictures, "released schedule": [{"loss": 1.0 + seed, "kept": 0.4}]}
+        made.append({"tokens": rows, "neurons": copy.deepcopy(cells), "overlap": overlap, **told})
     return made
 
 
@@ -177,4 +223,8 @@ def matched(core=1.0, attention=1.5, other=1.3, correlation=0.995, spread=0.02):
     ],
 )
 def test_the_rule_of_corematching(changes, outcome):
-    assert corematching.decide(matched(**changes)).outcome == outcome
+    verdict = corematching.decide(matched(**changes))
+    assert verdict.outcome == outcome
+    assert verdict.numbers["released schedule, loss"] == pytest.approx(2)
+    assert verdict.numbers["pictures, right, core at 0.4"] == pytest.approx(0.5)
+    assert verdict.numbers["pictures, neurons, loss, core"] == pytest.approx(0.6)

@@ -2,7 +2,8 @@
 
 Neurons that most tokens of a prompt activate are enough to decode with, and tokens whose neurons overlap these most
 are enough to keep. So each picks the other: at an early layer of the prompt the other image tokens leave the model and
-its cache, and afterwards the feed-forward layers shrink to the core neurons.
+its cache, and afterwards the feed-forward layers shrink to the core neurons. The authors' released code lets the prompt
+be read in full instead, and has each layer of a range pick what its own cache keeps; both are here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from gossamer.models.key_value_cache import keep_positions, rewritable
 from gossamer.models.sliced_feedforward import SlicedFeedForward, slice_gated_ffn
 
 Droppable = slice | Tensor | int
+Schedule = Literal["drop", "cache"]
 
 
 @dataclass
@@ -41,6 +43,8 @@ class CorePrompt:
         Tokens of the prompt; new ones go on from this position.
     kept
         Those that stayed, ``(n,)`` int64.
+    own
+        Layers whose caches chose for themselves, and the tokens that each kept; empty under ``drop``.
     logits
         After the last token, ``(vocabulary,)``.
     neurons
@@ -55,6 +59,7 @@ class CorePrompt:
     logits: Tensor
     neurons: list[SlicedFeedForward] = field(repr=False)
     added: int = 0
+    own: dict[int, Tensor] = field(default_factory=dict)
 
 
 class CoreMatchingGenerator:
@@ -94,8 +99,13 @@ class CoreMatchingGenerator:
         self.layers: list[FeedForward] = [by_block[name] for name in stacks[-1].blocks]
         count = len(self.blocks)
         self.layer = count // 5 if settings.layer is None else settings.layer
-        if not 0 <= self.layer < count:
-            raise ConfigurationError(f"layer is {self.layer}; the model has layers 0 to {count - 1}")
+        first = 5 * count // 32
+        middle = range(first, max(first + 1, 19 * count // 32))
+        own = middle if settings.layers is None else settings.layers
+        self.own_caches = own if settings.schedule == "cache" else range(0)
+        for number in (self.layer, *self.own_caches):
+            if not 0 <= number < count:
+                raise ConfigurationError(f"layer is {number}; the model has layers 0 to {count - 1}")
         self.prompt: CorePrompt | None = None
 
     def generate(self, image_slice: Droppable | None = None, **inputs: Any) -> Tensor:
@@ -191,19 +201,24 @@ class CoreMatchingGenerator:
         cache = rewritable(DynamicCache() if cache is None else cache)
         wanted = self.settings.prune_neurons if neurons is None else neurons
         chosen: dict[int, Tensor] = {}
-        with evaluation_mode(self.model), self._dropping(length, droppable, kept, chosen, wanted) as stays:
+        with evaluation_mode(self.model), self._choosing(length, droppable, kept, chosen, wanted) as stays:
             options = accepted(self.model, logits_to_keep=1)
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options, **model_inputs)
-        keep_positions(cache, stays[0], slice(0, self.layer + 1))
         cuts = [slice_gated_ffn(self.layers[i], index) for i, index in sorted(chosen.items())]
-        return CorePrompt(cache, length, stays[0], output.logits[0, -1], cuts)
+        logits = output.logits[0, -1]
+        if self.settings.schedule == "drop":
+            keep_positions(cache, stays[self.layer], slice(0, self.layer + 1))
+            return CorePrompt(cache, length, stays[self.layer], logits, cuts)
+        for number, index in stays.items():
+            keep_positions(cache, index, slice(number, number + 1))
+        return CorePrompt(cache, length, torch.arange(length), logits, cuts, own=dict(stays))
 
     @torch.no_grad()
     def extend(self, prompt: CorePrompt, ids: Tensor) -> Tensor:
         """Read tokens ``(1, n)`` behind a prompt, at the positions they would have had; logits ``(n, vocabulary)``."""
         first = prompt.length + prompt.added
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), self._own_masks(prompt):
             logits = self.model(
                 input_ids=ids, past_key_values=prompt.cache, use_cache=True, position_ids=positions
             ).logits[0]
@@ -223,19 +238,19 @@ class CoreMatchingGenerator:
                 cut.restore()
 
     @contextmanager
-    def _dropping(
+    def _choosing(
         self, length: int, droppable: Tensor, kept: Tensor | None, chosen: dict[int, Tensor], neurons: bool
-    ) -> Iterator[list[Tensor]]:
-        """Hooks by which tokens leave behind a layer, and each layer's core neurons are found; yields what stays."""
-        stays: list[Tensor] = [] if kept is None else [_checked(kept, length)]
+    ) -> Iterator[dict[int, Tensor]]:
+        """Hooks by which layers choose tokens and neurons, and by which tokens leave; yields what stays, by layer."""
         settings = self.settings
+        choosers = (self.layer,) if settings.schedule == "drop" else self.own_caches
+        stays: dict[int, Tensor] = {} if kept is None else dict.fromkeys(choosers, _checked(kept, length))
 
         def look(number: int) -> Any:
             def hook(module: nn.Module, args: tuple) -> None:
                 middle = args[0].reshape(-1, args[0].shape[-1])
-                if number == self.layer and not stays:
-                    stays.append(settings.tokens.select(middle, droppable, settings.neurons))
-                    _checked(stays[0], length)
+                if number in choosers and number not in stays:
+                    stays[number] = _checked(settings.tokens.select(middle, droppable, settings.neurons), length)
                 if neurons:
                     chosen[number] = settings.neurons.fit(middle)
 
@@ -243,22 +258,43 @@ class CoreMatchingGenerator:
 
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
             if isinstance(output, tuple):
-                return (_thinned(output[0], stays[0], length), *output[1:])
-            return _thinned(output, stays[0], length)
+                return (_thinned(output[0], stays[self.layer], length), *output[1:])
+            return _thinned(output, stays[self.layer], length)
 
         def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            rest = {
-                name: _thinned(value, stays[0], length) for name, value in kwargs.items() if name != "hidden_states"
-            }
-            return (*args[:1], *(_thinned(value, stays[0], length) for value in args[1:])), {**kwargs, **rest}
+            index = stays[self.layer]
+            rest = {name: _thinned(value, index, length) for name, value in kwargs.items() if name != "hidden_states"}
+            return (*args[:1], *(_thinned(value, index, length) for value in args[1:])), {**kwargs, **rest}
 
         handles: list[Any] = [
             layer.down.module.register_forward_pre_hook(look(number)) for number, layer in enumerate(self.layers)
         ]
-        handles.append(self.blocks[self.layer].register_forward_hook(leave))
-        handles += [b.register_forward_pre_hook(follow, with_kwargs=True) for b in self.blocks[self.layer + 1 :]]
+        if settings.schedule == "drop":
+            handles.append(self.blocks[self.layer].register_forward_hook(leave))
+            handles += [b.register_forward_pre_hook(follow, with_kwargs=True) for b in self.blocks[self.layer + 1 :]]
         try:
             yield stays
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _own_masks(self, prompt: CorePrompt) -> Iterator[None]:
+        """Each block gets a mask as long as its own cache; the model makes one for all, from its first layer."""
+
+        def fit(number: int) -> Any:
+            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+                mask = kwargs.get("attention_mask")
+                if isinstance(mask, Tensor) and mask.dim() == 4:
+                    kwargs = {**kwargs, "attention_mask": _behind(mask, prompt.cache.get_seq_length(number))}
+                return args, kwargs
+
+            return hook
+
+        blocks = enumerate(self.blocks) if prompt.own else ()
+        handles = [block.register_forward_pre_hook(fit(number), with_kwargs=True) for number, block in blocks]
+        try:
+            yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -282,20 +318,37 @@ class CoreMatching:
     Tokens that come afterwards compute with each layer's core neurons only. Any long prompt of which a part may be
     dropped takes the place of an image. Nothing is calibrated; everything is chosen by the prompt.
 
+    The released code does otherwise, which is the schedule ``cache`` with ``CoreTokens(reference=-5)``: the prompt is
+    read in full, and then each layer of a range loses from its own cache the tokens that do not match its own neurons.
+    There these entries are set to zero, and a key of zeros still draws attention; here they are gone.
+
     Parameters
     ----------
     neurons, tokens
         How they are chosen.
     layer
-        Behind which tokens leave; by default a fifth of the way, layer 6 of 32 as in the released code.
+        Behind which tokens leave; by default a fifth of the way, layer 6 of 32.
     prune_neurons
         False to drop tokens only.
+    schedule
+        ``drop`` or ``cache``.
+    layers
+        Whose caches choose for themselves under ``cache``; by default the 6th to the 19th of 32, as in the released
+        code, or as many in proportion.
     """
 
     neurons: CoreNeurons = field(default_factory=CoreNeurons)
     tokens: CoreTokens = field(default_factory=CoreTokens)
     layer: int | None = None
     prune_neurons: bool = True
+    schedule: Schedule = "drop"
+    layers: range | None = None
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise ConfigurationError(f"schedule is {self.schedule!r}; it must be drop or cache")
+        if self.layers is not None and not len(self.layers):
+            raise ConfigurationError(f"layers is {self.layers}, which names none; give some, such as range(5, 19)")
 
     def install(self, model: nn.Module, image_slice: Droppable | None = None) -> CoreMatchingGenerator:
         """A generator for a model, which changes nothing in it but while it generates."""
@@ -323,3 +376,10 @@ def _checked(kept: Tensor, length: int) -> Tensor:
             f"follows; keep ascending places up to {length - 1}"
         )
     return kept
+
+
+def _behind(mask: Tensor, entries: int) -> Tensor:
+    """A mask ``(…, tokens, …)`` for tokens behind as many entries of a cache, all of which they see."""
+    tokens = mask.shape[-2]
+    seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
+    return torch.cat([seen.expand(*mask.shape[:-1], entries), mask[..., -tokens:]], dim=-1)

@@ -41,6 +41,7 @@ def generation_flops(
     kept: int | None = None,
     layer: int | None = None,
     neurons: float = 1.0,
+    own: range | None = None,
 ) -> GenerationFlops:
     """Operations of a decoder's matrices, of its attention over the cache, and of its head.
 
@@ -56,6 +57,9 @@ def generation_flops(
         The last block that sees all tokens; None for all blocks.
     neurons
         Share of the feed-forward neurons with which tokens are decoded.
+    own
+        Blocks whose caches alone are thinned out to `kept` tokens, after all blocks have seen the whole prompt; None
+        if tokens leave behind `layer` and all caches lose them.
 
     Raises
     ------
@@ -78,8 +82,9 @@ def generation_flops(
     head = weights_read(model, {}).total - inside
     prefill, decode = 2 * head, 2 * head * new
     for number, (attention, forward, width) in enumerate(blocks.values()):
-        tokens = prompt if layer is None or number <= layer else kept
+        tokens = prompt if own is not None or layer is None or number <= layer else kept
+        held = kept if own is None or number in own else prompt
         prefill += 2 * (attention + forward) * tokens + 4 * width * (tokens * (tokens + 1) // 2)
         decode += 2 * (attention + round(neurons * forward)) * new
-        decode += 4 * width * sum(kept + step for step in range(1, new + 1))
+        decode += 4 * width * sum(held + step for step in range(1, new + 1))
     return GenerationFlops(prefill, decode)

@@ -4,26 +4,28 @@ A language model reads a page of one book among pages of another, then the begin
 to go on as the book does. The pages stand for an image: most of their tokens may be dropped at an early layer. Which,
 is decided by matched neurons, by attention (with and without the angle between outputs), by norm, by place, or by
 chance, always equally many. Afterwards neurons are chosen by the prompt, by another one, by weights, or by chance.
-What overlap has to do with angles is tried on random weights.
+What overlap has to do with angles is tried on random weights. Besides, the authors' released schedule reads the same
+prompts, and a small model of pictures and words answers what one of several digits in a picture is, without most of
+the patches; both are reported.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gossamer.activations.core_sets import CoreNeurons, CoreTokens, expected_overlap, overlaps, projection_importance
+from gossamer.activations.core_sets import CoreNeurons, CoreTokens, expected_overlap, overlaps
 from gossamer.activations.corematching import CoreMatching, CoreMatchingGenerator, CorePrompt
 from gossamer.measure.token_pruning_flops import generation_flops
-from gossamer.measure.windows import evaluation_mode
 from gossamer.models import evaluation_tokens, load, read_text
 from gossamer.models.feedforward import FeedForward
 from gossamer.models.key_value_cache import crop_to
 from gossamer.models.sliced_feedforward import slice_gated_ffn
+from gossamer.papers.core_pictures import on_pictures
+from gossamer.papers.core_quiz import Quiz, answer_loss, judged, token_scores
 from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.results import Verdict
 from gossamer.papers.statistics import Interval, mean_interval
@@ -31,6 +33,7 @@ from gossamer.papers.statistics import Interval, mean_interval
 RIVALS = ("attention", "random")
 OTHER_NEURONS = ("random", "largest weights", "another prompt")
 CORRELATION = 0.99
+LATE = -5  # the token of the question with which the released code compares
 
 QUICK: dict[str, Any] = {
     "model": "demo",
@@ -46,6 +49,16 @@ QUICK: dict[str, Any] = {
     "rho": 0.2,
     "simulated_neurons": 4096,
     "steps": 6,
+    "pictures": {
+        "training": 400,
+        "width": 64,
+        "layers": 3,
+        "steps": 400,
+        "batch": 32,
+        "learning_rate": 2e-3,
+        "pictures": 20,
+        "shares": [0.2, 0.4],
+    },
 }
 FULL: dict[str, Any] = {
     **QUICK,
@@ -54,27 +67,8 @@ FULL: dict[str, Any] = {
     "prompts": 20,
     "shares": [0.1, 0.2, 0.3, 0.4, 0.6],
     "steps": 32,
+    "pictures": {**QUICK["pictures"], "steps": 3000, "pictures": 500},
 }
-
-
-@dataclass(frozen=True)
-class Quiz:
-    """A prompt with pages, a question, and what the book says next.
-
-    Attributes
-    ----------
-    prompt
-        ``(1, n)``: a first token, the pages, and the beginning of a sentence of the relevant page.
-    answer
-        ``(1, m)``: how that goes on.
-    droppable, relevant
-        ``(n,)`` bool: tokens of pages, and of the relevant page.
-    """
-
-    prompt: Tensor
-    answer: Tensor
-    droppable: Tensor
-    relevant: Tensor
 
 
 def draw_quiz(book: Tensor, others: Tensor, settings: dict[str, Any], generator: torch.Generator) -> Quiz:
@@ -110,10 +104,13 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     quizzes = [draw_quiz(book, others, settings, generator) for _ in range(settings["prompts"])]
     tokens = [_tokens(matching, quiz, settings, generator) for quiz in progress(quizzes, "dropping tokens")]
     neurons = _neurons(matching, quizzes, generator)
+    whole = CoreMatching(neurons=method.neurons, tokens=CoreTokens(reference=LATE), schedule="cache")
     return {
         "overlap": overlap_of_random_weights(settings["simulated_neurons"], seed),
         "tokens": tokens,
         "neurons": neurons,
+        "released schedule": [_released(whole.install(loaded.model), quiz) for quiz in quizzes],
+        "pictures": on_pictures(settings["pictures"], settings["rho"], settings["beta"], seed, progress),
         "cost": _cost(matching, quizzes[0], tokens[0]["elbow"]["kept"], settings),
         "curves": _curves(tokens, settings["shares"]),
     }
@@ -147,59 +144,20 @@ def _tokens(
     """Loss on the answer, and relevant share of what is kept, for every way to choose."""
     scores = token_scores(matching, quiz, generator)
     everything = torch.arange(quiz.prompt.shape[1])
-    found = {"full": _judged(matching, quiz, everything)}
-    found["elbow"] = _judged(matching, quiz, CoreTokens().choose(scores["core"], quiz.droppable))
+    found = {"full": judged(matching, quiz, everything)}
+    found["elbow"] = judged(matching, quiz, CoreTokens().choose(scores["core"], quiz.droppable))
     for share in settings["shares"]:
         chooser = CoreTokens(elbow=False, share=share)
         for name, values in scores.items():
-            found[f"{name} at {share}"] = _judged(matching, quiz, chooser.choose(values, quiz.droppable))
+            found[f"{name} at {share}"] = judged(matching, quiz, chooser.choose(values, quiz.droppable))
     return found
 
 
-@torch.no_grad()
-def token_scores(matching: CoreMatchingGenerator, quiz: Quiz, generator: torch.Generator) -> dict[str, Tensor]:
-    """By what each way chooses at the layer, ``(tokens,)`` each; the larger the sooner kept."""
-    model: Any = matching.model
-    layer, seen = matching.layers[matching.layer], {}
-
-    def look(module: nn.Module, args: tuple) -> None:
-        seen["middle"] = args[0][0]
-
-    handle = layer.down.module.register_forward_pre_hook(look)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the only one that says how it attends
-    try:
-        with evaluation_mode(model):
-            out = model(quiz.prompt, output_attentions=True, output_hidden_states=True, use_cache=False)
-    finally:
-        handle.remove()
-        model.set_attn_implementation(before)
-    attention = out.attentions[matching.layer][0, :, -1].mean(0)
-    states = out.hidden_states[matching.layer + 1][0]
-    neurons = matching.settings.neurons
-    return {
-        "core": CoreTokens().scores(seen["middle"], neurons),
-        "core of a late token": CoreTokens(reference=-5).scores(seen["middle"], neurons),
-        "attention": attention,
-        "attention and angle": projection_importance(attention, states).float(),
-        "norm": states.norm(dim=1),
-        "last": torch.arange(len(states)).float(),
-        "random": torch.rand(len(states), generator=generator),
-    }
-
-
-def _judged(matching: CoreMatchingGenerator, quiz: Quiz, kept: Tensor) -> dict[str, float]:
-    read = matching.read(quiz.prompt, quiz.droppable, kept=kept, neurons=False)
-    pages = kept[quiz.droppable[kept]]
-    relevant = float(quiz.relevant[pages].float().mean()) if len(pages) else 0.0
-    return {"loss": answer_loss(matching, read, quiz.answer), "relevant": relevant, "kept": len(kept)}
-
-
-def answer_loss(matching: CoreMatchingGenerator, read: CorePrompt, answer: Tensor) -> float:
-    """Mean loss of the answer's tokens, in nats."""
-    first = read.logits
-    logits = torch.cat([first[None], matching.extend(read, answer)[:-1]])
-    return float(nn.functional.cross_entropy(logits.float(), answer[0]))
+def _released(matching: CoreMatchingGenerator, quiz: Quiz) -> dict[str, float]:
+    """Loss on the answer where layers thin out their own caches, and the mean share of a prompt that they keep."""
+    read = matching.read(quiz.prompt, quiz.droppable, neurons=False)
+    kept = sum(len(index) for index in read.own.values()) / len(read.own) / read.length
+    return {"loss": answer_loss(matching, read, quiz.answer), "kept": kept, "layers": len(read.own)}
 
 
 # ---------------------------------------------------------------------------------------------- neurons
@@ -325,6 +283,15 @@ def _told(observations: list[Observation], rows: list[Any], cells: list[Any]) ->
     for part in ("overlap", "cost"):
         for name in observations[0][part]:
             numbers[f"{part}, {name}"] = sum(o[part][name] for o in observations) / len(observations)
+    alike = [row for o in observations for row in o["released schedule"]]
+    for name in alike[0]:
+        numbers[f"released schedule, {name}"] = sum(row[name] for row in alike) / len(alike)
+    pictures = [o["pictures"] for o in observations]
+    for label, first in pictures[0]["tokens"].items():
+        for kind in first:
+            numbers[f"pictures, {kind}, {label}"] = sum(p["tokens"][label][kind] for p in pictures) / len(pictures)
+    for label in pictures[0]["neurons"]:
+        numbers[f"pictures, neurons, loss, {label}"] = sum(p["neurons"][label] for p in pictures) / len(pictures)
     return numbers
 
 
