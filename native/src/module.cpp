@@ -28,6 +28,7 @@ void bind_decoder(nb::module_& m);
 void bind_integers(nb::module_& m);
 void bind_patterns(nb::module_& m);
 void bind_pursuit(nb::module_& m);
+void bind_row_products(nb::module_& m);
 void bind_selection(nb::module_& m);
 void bind_training(nb::module_& m);
 
@@ -77,6 +78,7 @@ NB_MODULE(_native, m) {
   bind_integers(m);
   bind_patterns(m);
   bind_pursuit(m);
+  bind_row_products(m);
   bind_selection(m);
   bind_training(m);
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gossamer.attention.lemo_predictors import BlockPredictor, blocks_that_exist, pool_blocks
 from gossamer.attention.lemo_scores import Pooling, attention_call, attention_received
 from gossamer.attention.token_sparse_layers import KeptTokens, LayerCall, TokenSparseLayers
+from gossamer.attention.token_sparse_rows import worth_it
 from gossamer.core.block_mask import block_count
 from gossamer.core.randomness import generator_for
 from gossamer.core.registry import register
@@ -73,6 +74,9 @@ class TokenSparseConfig:
     loss_layers
         Final layers in which positions that bear a label are always kept; all positions, where nobody has told
         which ones do.
+    permutation_free
+        Whether a layer's norms read its kept rows where they lie, and its last products add to them there, instead of
+        copies that are gathered and put back. None where that is known to be faster.
     """
 
     block: int = 64
@@ -85,6 +89,7 @@ class TokenSparseConfig:
     scores: Scores = "predicted"
     causal: bool = False
     loss_layers: int = 1
+    permutation_free: bool | None = None
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.predictor_rank < 1:
@@ -136,7 +141,7 @@ class TokenSparsity:
     _calls: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._layers = TokenSparseLayers(self.model, self._choose, self._may)
+        self._layers = TokenSparseLayers(self.model, self._choose, self._may, self._in_place)
         try:
             self._check()
         except Exception:
@@ -177,6 +182,10 @@ class TokenSparsity:
             raise ConfigurationError(
                 f"{len(config.thresholds)} thresholds for {count} layers; search_thresholds makes one for each"
             )
+
+    def _in_place(self, hidden: Tensor) -> bool:
+        wanted = self.config.permutation_free
+        return worth_it(hidden) if wanted is None else wanted
 
     def _may(self, call: LayerCall) -> bool:
         if self.when == "never" or (self.when == "training" and not self.model.training):

@@ -5,9 +5,9 @@ rows of the mask; what it returns is put back among the tokens that were not, wh
 outside of gradient checkpointing, so that neither a model's code nor its parameters' names change. Nothing of an
 eliminated token is stored for the backward pass.
 
-Rows are gathered and put back by torch, once a layer and way, not inside the matrix products: one copy of the kept
-rows, which the layer's norm would store anyway, and one of the whole. The order of tokens stays, so that nothing is
-permuted, and the backward pass copies once where autograd alone would fill with zeros, add, and copy.
+The order of tokens stays. Rows are read and written where they lie (:mod:`gossamer.attention.token_sparse_rows`), or
+gathered and put back by torch, once a layer and way: one copy of the kept rows, and one of the whole; the backward pass
+then copies once where autograd alone would fill with zeros, add, and copy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gossamer.attention.token_sparse_rows import KeptRows, PermutationFree, put_back
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.blocks import Stack, find_stacks
 
@@ -110,6 +111,9 @@ class TokenSparseLayers:
         items of a batch that keep less are filled up; or None for all tokens.
     may
         Whether tokens may be left out of a call at all.
+    in_place
+        Whether, for these hidden states, a layer's rows are read and written where they lie; by default never. Layers
+        without root-mean-square norms, and those that compute activations again in the backward pass, get copies.
 
     Raises
     ------
@@ -122,9 +126,11 @@ class TokenSparseLayers:
         model: nn.Module,
         choose: Callable[[LayerCall], tuple[Tensor, Tensor] | None],
         may: Callable[[LayerCall], bool],
+        in_place: Callable[[Tensor], bool] | None = None,
     ):
         self.stack = decoder_stack(model)
-        self.choose, self.may = choose, may
+        self.choose, self.may, self.in_place = choose, may, in_place
+        self._stand_ins = PermutationFree([] if in_place is None else list(self.stack.blocks.values()))
         self.counts = KeptTokens(len(self.stack.blocks))
         self._real: Tensor | None = None
         self._labelled: Tensor | None = None
@@ -139,13 +145,15 @@ class TokenSparseLayers:
             enter = lambda module, args, kwargs, number=number: self._enter(number, module, args, kwargs)  # noqa: E731
             leave = lambda module, args, output, number=number: self._leave(number, output)  # noqa: E731
             self._handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(layer.register_forward_hook(leave))
+            # before other hooks, which want to see what the next layer will get
+            self._handles.append(layer.register_forward_hook(leave, prepend=True))
 
     def remove(self) -> None:
         """Give the layers all their tokens back; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._stand_ins.remove()
 
     def _listen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
@@ -161,6 +169,7 @@ class TokenSparseLayers:
 
     def _enter(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._waiting.pop(number, None)
+        self._stand_ins.end(number)  # whatever happened to an earlier call
         slot: Slot = 0 if args else "hidden_states"
         hidden = args[0] if args else kwargs["hidden_states"]
         length = hidden.shape[1]
@@ -177,11 +186,17 @@ class TokenSparseLayers:
         if index.shape[1] == length:
             return None
         flat = (index + torch.arange(len(index), device=index.device)[:, None] * length).flatten()
-        kept, rest = _Gather.apply(hidden, flat)
+        if self.in_place is not None and self.in_place(hidden) and self._stand_ins.takes(number, layer, hidden):
+            kept, rest = KeptRows(hidden, flat), hidden
+        else:
+            kept, rest = _Gather.apply(hidden, flat)
         self._waiting[number] = (rest, flat)
-        return self._gathered(call, kept, index)
+        changed = self._gathered(call, kept, index)
+        if isinstance(kept, KeptRows):
+            self._stand_ins.begin(number)
+        return changed
 
-    def _gathered(self, call: LayerCall, kept: Tensor, index: Tensor) -> tuple[tuple, dict[str, Any]]:
+    def _gathered(self, call: LayerCall, kept: Tensor | KeptRows, index: Tensor) -> tuple[tuple, dict[str, Any]]:
         check_windows(call)
         batch, length = call.hidden.shape[:2]
         kwargs = {name: _rows(name, value, index, batch, length) for name, value in call.kwargs.items()}
@@ -198,9 +213,12 @@ class TokenSparseLayers:
         waiting = self._waiting.pop(number, None)
         if waiting is None:
             return None
-        if isinstance(output, Tensor):
-            return _Scatter.apply(waiting[0], output, waiting[1])
-        return (_Scatter.apply(waiting[0], output[0], waiting[1]), *output[1:])
+        rows, *others = output if isinstance(output, tuple) else (output,)
+        if self._stand_ins.end(number):
+            whole = put_back(rows, *waiting)
+        else:
+            whole = _Scatter.apply(waiting[0], rows, waiting[1])
+        return (whole, *others) if isinstance(output, tuple) else whole
 
 
 def decoder_stack(model: nn.Module) -> Stack:

@@ -185,7 +185,7 @@ class _Rerouted:
         try:
             # not by hooks, which wrappers such as PEFT's may pass by; and a Trainer reads the signature
             call = wraps(self.whole)(lambda *args, **kwargs: self._call(*args, **kwargs))
-            with _replaced_forward(self.model, call), _replaced_forward(self.head, self._pass):
+            with replaced_forward(self.model, call), replaced_forward(self.head, self._pass):
                 yield
         finally:
             if had:
@@ -219,7 +219,7 @@ def in_segments(modules: Iterable[nn.Module], segment: int = 1024, recompute: bo
     check_segment(segment)
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_replaced_forward(module, _by_segments(module.forward, segment, recompute)))
+            stack.enter_context(replaced_forward(module, _by_segments(module.forward, segment, recompute)))
         yield
 
 
@@ -238,7 +238,8 @@ def _by_segments(forward: Callable[..., Tensor], segment: int, recompute: bool) 
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of a module run another function, as long as the context lasts."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
