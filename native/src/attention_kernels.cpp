@@ -31,76 +31,9 @@ struct Count {
 
 #include "attention_packing.hpp"
 #include "attention_products.hpp"
+#include "attention_softmax.hpp"
 
 constexpr float kLog2 = 0.69314718056f;
-constexpr std::int64_t kStride = kPiece * kPanel;  // scores of a row
-
-// Which of a panel's columns a row sees.
-inline std::uint32_t visible(const Panel& panel, const Band& band, int row) {
-  const std::int64_t first = std::int64_t{kPanel} * panel.place;
-  return panel.bits & bits_between(band.low + row - first, band.high + row - first);
-}
-
-// Whether every row of a tile sees every column of some panels, which ascend.
-inline bool whole(const Panel* panels, std::int64_t count, const Band& band, int rows) {
-  if (!band.covers(std::int64_t{kPanel} * panels[0].place, std::int64_t{kPanel} * panels[count - 1].place + kPanel - 1,
-                   rows))
-    return false;
-  for (std::int64_t k = 0; k < count; ++k)
-    if (panels[k].bits != 0xffffu) return false;
-  return true;
-}
-
-// −∞ where a row does not see a column.
-inline void hide(float* scores, const Panel* panels, int count, const Band& band, int row) {
-  for (int k = 0; k < count; ++k) {
-    const std::uint32_t bits = visible(panels[k], band, row);
-    if (bits != 0xffffu) store(scores + 16 * k, choose(bits, load(scores + 16 * k), negative_infinity()));
-  }
-}
-
-inline float highest(const float* scores, std::int64_t count) {
-  Lanes most = spread(negative_infinity());
-  for (std::int64_t k = 0; k < count; ++k) most = larger(load(scores + 16 * k), most);
-  return largest(most);
-}
-
-// scores = 2^(scores − shift); returns their sum.
-inline float exponentials(float* scores, std::int64_t count, float shift) {
-  Lanes total = zero();
-  const Lanes shifts = spread(shift);
-  for (std::int64_t k = 0; k < count; ++k) {
-    const Lanes weight = power_of_two(subtract(load(scores + 16 * k), shifts));
-    store(scores + 16 * k, weight);
-    total = add(total, weight);
-  }
-  return sum(total);
-}
-
-inline float finite(float most) { return most == negative_infinity() ? 0.0f : most; }
-
-// Some panels of a tile, and those behind them.
-struct Piece {
-  const Panel* panels;
-  int count;
-  std::int64_t behind;
-  bool all;  // whether every row sees every column
-
-  Coming across(const Columns& columns) const { return {panels, count, columns.across, columns.size * kPanel}; }
-  Coming along(const Columns& columns) const { return {panels, count, columns.along, columns.strips * 256}; }
-  Coming next_across(const Columns& columns) const {
-    return {panels + count, behind, columns.across, columns.size * kPanel};
-  }
-};
-
-// Calls work(piece) for kPiece panels after the other.
-template <typename Work>
-inline void in_pieces(const Panel* panels, std::int64_t panel_count, const Band& band, int rows, Work&& work) {
-  for (std::int64_t begin = 0; begin < panel_count; begin += kPiece) {
-    const int count = static_cast<int>(panel_count - begin < kPiece ? panel_count - begin : kPiece);
-    work(Piece{panels + begin, count, panel_count - begin - count, whole(panels + begin, count, band, rows)});
-  }
-}
 
 void forward(const ForwardTile& tile) {
   __builtin_memset(tile.outputs, 0, sizeof(float) * static_cast<std::size_t>(tile.count * tile.columns.strips * 16));
@@ -116,10 +49,10 @@ void forward(const ForwardTile& tile) {
       const int seen = seen_by(tile.band, first + kSome - 1, panels, count);
       for (int row = first; row < first + kSome; ++row) {
         float* scores = tile.scores + row * kStride;
-        if (!piece.all) hide(scores, panels, seen, tile.band, row);
+        hide(scores, panels, piece.open, seen, tile.band, row);
         const float before = tile.most[row], found = highest(scores, seen), most = found > before ? found : before;
         shares[row] = power_of_two(before - finite(most));
-        tile.total[row] = tile.total[row] * shares[row] + exponentials(scores, seen, finite(most));
+        tile.total[row] = tile.total[row] * shares[row] + exponentials(scores, seen, 1.0f, finite(most));
         tile.most[row] = most;
       }
     });
@@ -149,7 +82,7 @@ void mass(const MassTile& tile) {
       const int seen = seen_by(tile.band, first + kSome - 1, panels, count);
       for (int row = first; row < first + kSome; ++row) {
         float* scores = tile.scores + row * kStride;
-        if (!piece.all) hide(scores, panels, seen, tile.band, row);
+        hide(scores, panels, piece.open, seen, tile.band, row);
         const Lanes shift = spread(tile.shifts[row]);
         for (int k = 0; k < seen; ++k)
           store(sums + 16 * k, add(load(sums + 16 * k), power_of_two(subtract(load(scores + 16 * k), shift))));
@@ -165,32 +98,23 @@ void strip(const StripTile& tile) {
   const std::int64_t lines = (tile.count + tile.height - 1) / tile.height;
   __builtin_memset(tile.sums, 0, sizeof(float) * static_cast<std::size_t>(lines * stride));
   if (!count) return;
-  const bool all = whole(tile.panels, count, tile.band, tile.count);
+  const int open = open_to_all(tile.panels, count, tile.band, tile.count);
   const Coming next{tile.panels + kWide, count - kWide, tile.across, tile.size * kPanel};
   all_scores(tile.rows, tile.count, tile.size, tile.band, tile.panels, count, tile.across, next, tile.scores, stride);
-  for (int row = 0; row < tile.count; ++row) {
-    const int seen = seen_by(tile.band, row, tile.panels, count);
-    float* scores = tile.scores + row * stride;
-    float* sums = tile.sums + row / tile.height * stride;
-    if (!all) hide(scores, tile.panels, seen, tile.band, row);
-    const float total = exponentials(scores, seen, finite(highest(scores, seen)));
-    if (total == 0.0f) continue;
-    const Lanes share = spread(1.0f / total);
-    for (int k = 0; k < seen; ++k)
-      store(sums + 16 * k, multiply_add(load(scores + 16 * k), share, load(sums + 16 * k)));
-  }
+  for (int row = 0; row < tile.count; ++row)
+    add_share(tile, row, open, seen_by(tile.band, row, tile.panels, count), 1.0f);
 }
 
 // From a row's scores and products to weights and flow, in place.
-inline void weigh(const GradientTile& tile, float* scores, float* products, const Panel* panels, int count, int row,
-                  bool all) {
+inline void weigh(const GradientTile& tile, float* scores, float* products, const Panel* panels, int open, int count,
+                  int row) {
   for (int k = 0; k < count; ++k) {
     const std::int64_t column = std::int64_t{kPanel} * panels[k].place;
     const Lanes shift = tile.by_column ? load(tile.shifts + column) : spread(tile.shifts[row]);
     const Lanes delta = tile.by_column ? load(tile.deltas + column) : spread(tile.deltas[row]);
     Lanes weight = power_of_two(subtract(load(scores + 16 * k), shift));
     Lanes flow = multiply(weight, subtract(load(products + 16 * k), delta));
-    if (!all) {
+    if (k >= open) {
       const std::uint32_t bits = visible(panels[k], tile.band, row);
       if (bits != 0xffffu) weight = choose(bits, weight, 0.0f), flow = choose(bits, flow, 0.0f);
     }
@@ -212,7 +136,7 @@ void gradient(const GradientTile& tile) {
       constexpr int kSome = decltype(some)::value;
       const int seen = seen_by(tile.band, first + kSome - 1, panels, count);
       for (int row = first; row < first + kSome; ++row)
-        weigh(tile, tile.scores + row * kStride, products + row * kStride, panels, seen, row, piece.all);
+        weigh(tile, tile.scores + row * kStride, products + row * kStride, panels, piece.open, seen, row);
     });
     if (tile.weight_sums)
       all_sums(tile.scores, kStride, tile.count, tile.band, panels, count, tile.second.along, tile.second.strips,
@@ -226,7 +150,7 @@ void gradient(const GradientTile& tile) {
 
 const AttentionKernels& attention_table() {
   static const AttentionKernels kernels = {rows_any, across_any, along_any, forward, mass, strip, gradient, finish,
-                                           write};
+                                           write,    false};
   return kernels;
 }
 

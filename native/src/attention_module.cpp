@@ -7,13 +7,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "attention_packs.hpp"
 #include "attention_problem.hpp"
 #include "cpu.hpp"
+#include "matrix_registers.hpp"
 
 namespace nb = nanobind;
 
@@ -32,40 +36,63 @@ const AttentionKernels& attention_kernels() {
 
 namespace {
 
+constexpr std::int64_t kLeastQueries = 16;  // from which on matrix registers pay
+
+// Those for tensors that all hold bfloat16, or do not. A scale of 0 would make NaN of −∞ behind exact products.
+const AttentionKernels& kernels_for(const Problem& p, bool rounded) {
+  const bool matrices = rounded && p.queries >= kLeastQueries && p.scale != 0.0f && matrix_registers_usable();
+  return matrices ? attention_matrices() : attention_kernels();
+}
+
+bool rounded(const Heads& tensor) { return tensor.value != Value::float32; }
+
+// Memory of a thread, which lets go of the matrix registers with it.
+template <typename Scratch>
+struct Held : Scratch {
+  Held(bool matrices, Scratch&& scratch) : Scratch(std::move(scratch)), registers(matrices) {}
+  MatrixRegisters registers;
+};
+template <typename Scratch>
+std::shared_ptr<Held<Scratch>> hold(const AttentionKernels& kernels, Scratch&& scratch) {
+  return std::make_shared<Held<Scratch>>(kernels.matrices, std::move(scratch));
+}
+
 // ------------------------------------------------------------------------------------------------ forward
 
 void forward(const Problem& p, const Heads& q, const Heads& k, const Heads& v, const Heads& outputs, float* lse) {
   const KeyBits bits = key_bits(p);
   const Tiles tiles(p.queries, p.blocks.height);
-  const std::int64_t across = k.panels() * kPanel * k.size, along = v.panels() * 256 * v.strips();
+  const AttentionKernels& kernels = kernels_for(p, rounded(q) && rounded(k) && rounded(v));
+  const Packing packing(kernels, k.size), summed(kernels, v.size);
+  const std::int64_t panels = paired_panels(p.keys), across = panels * packing.across, along = panels * summed.along;
   in_rounds(p.batch * p.key_heads, across + along, [&](std::int64_t first, std::int64_t last) {
     const Floats keys((last - first) * across), values((last - first) * along);
-    pack(k, keys.get(), v, values.get(), p.key_heads, first, last, p.key_mask ? &bits : nullptr, p.threads);
+    pack(kernels, k, keys.get(), v, values.get(), p.key_heads, first, last, p.key_mask ? &bits : nullptr, p.threads);
     const std::int64_t per_head = tiles.size(), per_key_head = per_head * p.group();
     share_items((last - first) * per_key_head, p.threads, [&] {
       struct Scratch {
         Floats rows, outputs, scores;
         float most[kTileRows], total[kTileRows];
       };
-      auto scratch = std::make_shared<Scratch>(
-          Scratch{Floats(kTileRows * q.size), Floats(kTileRows * v.strips() * 16), Floats(kTileRows * kPiece * kPanel),
-                  {}, {}});
+      auto scratch = hold(kernels, Scratch{Floats(kTileRows * packing.words), Floats(kTileRows * summed.strips * 16),
+                                           Floats(kTileRows * kPiece * kPanel), {}, {}});
       return [&, scratch](std::int64_t item) {
         const std::int64_t key_head = first + item / per_key_head, batch = key_head / p.key_heads;
         const std::int64_t head = key_head % p.key_heads * p.group() + item % per_key_head / per_head;
         const Tiles::Tile& at = tiles[per_head - 1 - item % per_head];  // the longest first, where they are causal
         PanelList list(of_batch(bits, batch));
         columns_of(p, batch, head, at, false, list);
-        attention_kernels().rows(q.vectors(batch, head), at.first, at.first + at.count, p.scale * kPerLog2,
-                                 scratch->rows.get());
+        if (kernels.matrices) list.pair();
+        kernels.rows(q.vectors(batch, head), at.first, at.first + at.count, p.factor(), scratch->rows.get());
         const ForwardTile tile{scratch->rows.get(), at.count, p.of_queries(at.first), list.data(), list.size(),
-                               {keys.get() + (key_head - first) * across, k.size,
-                                values.get() + (key_head - first) * along, v.strips()},
-                               scratch->outputs.get(), scratch->most, scratch->total, scratch->scores.get()};
-        attention_kernels().forward(tile);
+                               {keys.get() + (key_head - first) * across, packing.words,
+                                values.get() + (key_head - first) * along, summed.strips},
+                               scratch->outputs.get(), scratch->most, scratch->total, scratch->scores.get(),
+                               std::abs(p.factor())};
+        kernels.forward(tile);
         auto* there = static_cast<char*>(outputs.head(batch, head)) + at.first * outputs.stride * outputs.bytes();
-        attention_kernels().finish(tile, v.size, outputs.value, there, outputs.stride,
-                                   lse + (batch * p.heads + head) * p.queries + at.first);
+        kernels.finish(tile, v.size, outputs.value, there, outputs.stride,
+                       lse + (batch * p.heads + head) * p.queries + at.first);
       };
     });
   });
@@ -99,18 +126,20 @@ void add_columns(const Panel* panels, std::int64_t count, const float* sums, std
 void mass(const Problem& p, const Heads& q, const Heads& k, const float* lse, std::int64_t height, std::int64_t width,
           float* target) {
   const KeyBits bits = key_bits(p);
-  const std::int64_t across = k.panels() * kPanel * k.size;
+  const AttentionKernels& kernels = kernels_for(p, rounded(q) && rounded(k));
+  const Packing packing(kernels, k.size);
+  const std::int64_t panels = paired_panels(p.keys), across = panels * packing.across;
   const std::int64_t blocks = (p.queries + height - 1) / height, columns = (p.keys + width - 1) / width;
   in_rounds(p.batch * p.key_heads, across, [&](std::int64_t first, std::int64_t last) {
     const Floats keys((last - first) * across);
-    pack(k, keys.get(), k, nullptr, p.key_heads, first, last, nullptr, p.threads);
+    pack(kernels, k, keys.get(), k, nullptr, p.key_heads, first, last, nullptr, p.threads);
     const std::int64_t per_key_head = blocks * p.group();
     share_items((last - first) * per_key_head, p.threads, [&] {
       struct Scratch {
         Floats rows, scores, sums;
       };
-      auto scratch = std::make_shared<Scratch>(
-          Scratch{Floats(kTileRows * q.size), Floats(kTileRows * kPiece * kPanel), Floats(k.panels() * kPanel)});
+      auto scratch = hold(kernels, Scratch{Floats(kTileRows * packing.words), Floats(kTileRows * kPiece * kPanel),
+                                           Floats(panels * kPanel)});
       return [&, scratch](std::int64_t item) {
         const std::int64_t key_head = first + item / per_key_head, batch = key_head / p.key_heads;
         const std::int64_t head = key_head % p.key_heads * p.group() + item % per_key_head / blocks;
@@ -124,12 +153,12 @@ void mass(const Problem& p, const Heads& q, const Heads& k, const float* lse, st
         for (std::int64_t i = 0; i < tiles.size(); ++i) {
           const Tiles::Tile at{begin + tiles[i].first, tiles[i].count, 0};
           columns_of(p, batch, head, at, false, list);
-          attention_kernels().rows(q.vectors(batch, head), at.first, at.first + at.count, p.scale * kPerLog2,
-                                   scratch->rows.get());
+          if (kernels.matrices) list.pair();
+          kernels.rows(q.vectors(batch, head), at.first, at.first + at.count, p.factor(), scratch->rows.get());
           std::fill_n(scratch->sums.get(), list.size() * kPanel, 0.0f);
-          attention_kernels().mass({scratch->rows.get(), at.count, p.of_queries(at.first), list.data(), list.size(),
-                                    keys.get() + (key_head - first) * across, k.size, shifts.data() + tiles[i].first,
-                                    scratch->sums.get(), scratch->scores.get()});
+          kernels.mass({scratch->rows.get(), at.count, p.of_queries(at.first), list.data(), list.size(),
+                        keys.get() + (key_head - first) * across, packing.words, shifts.data() + tiles[i].first,
+                        scratch->sums.get(), scratch->scores.get(), std::abs(p.factor())});
           add_columns(list.data(), list.size(), scratch->sums.get(), width, line);
         }
       };
@@ -139,32 +168,32 @@ void mass(const Problem& p, const Heads& q, const Heads& k, const float* lse, st
 
 // ------------------------------------------------------------------------------------------------ antidiagonals
 
-// `stride` adjacent vectors as one, zeros where a vector is masked or behind the last. Panels of them across.
-void fold_across(const Vectors& from, std::int64_t stride, const std::uint8_t* mask, std::int64_t first,
-                 std::int64_t last, float* target) {
-  const std::int64_t size = stride * from.size;
-  const Floats panel(kPanel * size);
-  for (std::int64_t place = first; place < last; ++place, target += size * kPanel) {
-    for (std::int64_t i = 0; i < kPanel * stride; ++i) {
-      const std::int64_t vector = place * kPanel * stride + i;
-      float* to = panel.get() + i * from.size;
-      if (vector < from.count && (!mask || mask[vector])) attention_kernels().rows(from, vector, vector + 1, 1.0f, to);
-      else std::fill_n(to, from.size, 0.0f);
-    }
-    attention_kernels().across({panel.get(), size, kPanel, size, Value::float32}, 0, 1, target);
+// `stride` adjacent vectors as one, in reverse order if wanted, for folded vectors first … last − 1. Vectors that are
+// masked or behind the last are zeros.
+class Folded {
+ public:
+  Folded(const Vectors& from, std::int64_t stride, bool reversed, const std::uint8_t* mask, std::int64_t first,
+         std::int64_t last)
+      : count_(last - first), size_(stride * from.size), value_(from.value),
+        numbers_(count_ * size_ * (value_ == Value::float32 ? 4 : 2) / 4 + 1) {
+    const std::int64_t width = value_ == Value::float32 ? 4 : 2, bytes = from.size * width;
+    auto* to = reinterpret_cast<char*>(numbers_.get());
+    for (std::int64_t row = first; row < last; ++row)
+      for (std::int64_t i = 0; i < stride; ++i, to += bytes) {
+        const std::int64_t vector = row * stride + (reversed ? stride - 1 - i : i);
+        if (vector < from.count && (!mask || mask[vector]))
+          std::memcpy(to, static_cast<const char*>(from.data) + vector * from.stride * width,
+                      static_cast<std::size_t>(bytes));
+        else std::memset(to, 0, static_cast<std::size_t>(bytes));
+      }
   }
-}
+  Vectors vectors() const { return {numbers_.get(), size_, count_, size_, value_}; }
 
-// Folded rows first … last − 1, whose vectors lie in reverse order.
-void fold_rows(const Vectors& from, std::int64_t stride, float factor, std::int64_t first, std::int64_t last,
-               float* target) {
-  for (std::int64_t row = first; row < last; ++row)
-    for (std::int64_t i = stride - 1; i >= 0; --i, target += from.size) {
-      const std::int64_t vector = row * stride + i;
-      if (vector < from.count) attention_kernels().rows(from, vector, vector + 1, factor, target);
-      else std::fill_n(target, from.size, 0.0f);
-    }
-}
+ private:
+  std::int64_t count_, size_;
+  Value value_;
+  Floats numbers_;
+};
 
 // Whether any of `stride` adjacent keys is real.
 KeyBits folded_bits(const Problem& p, std::int64_t stride, std::int64_t folded) {
@@ -184,19 +213,22 @@ void antidiagonal(const Problem& p, const Heads& q, const Heads& k, std::int64_t
                   float* target) {
   const std::int64_t rows = (p.queries + stride - 1) / stride, folded = (p.keys + stride - 1) / stride;
   const std::int64_t height = block / stride;
-  const std::int64_t panels = (folded + kPanel - 1) / kPanel, size = stride * k.size, across = panels * kPanel * size;
+  const AttentionKernels& kernels = kernels_for(p, rounded(q) && rounded(k));
+  const Packing packing(kernels, stride * k.size);
+  const std::int64_t panels = paired_panels(folded), across = panels * packing.across;
   const std::int64_t blocks = (p.queries + block - 1) / block, columns = (p.keys + block - 1) / block;
   const std::int64_t together = std::max<std::int64_t>(kTileRows / height, 1);
   const std::int64_t tiles = (blocks + together - 1) / together;
+  const float factor = p.factor() / static_cast<float>(stride);
   const KeyBits bits = folded_bits(p, stride, folded);
   in_rounds(p.batch * p.key_heads, across, [&](std::int64_t first, std::int64_t last) {
     const Floats keys((last - first) * across);
     share_items((last - first) * panels, p.threads, [&] {
       return [&](std::int64_t item) {
         const std::int64_t head = first + item / panels, place = item % panels, batch = head / p.key_heads;
-        fold_across(k.vectors(batch, head % p.key_heads), stride, p.key_mask ? p.key_mask + batch * p.keys : nullptr,
-                    place, place + 1,
-                    keys.get() + ((head - first) * panels + place) * kPanel * size);
+        const Folded panel(k.vectors(batch, head % p.key_heads), stride, false,
+                           p.key_mask ? p.key_mask + batch * p.keys : nullptr, place * kPanel, (place + 1) * kPanel);
+        kernels.across(panel.vectors(), 0, 1, keys.get() + ((head - first) * panels + place) * packing.across);
       };
     });
     const std::int64_t per_key_head = tiles * p.group();
@@ -204,9 +236,9 @@ void antidiagonal(const Problem& p, const Heads& q, const Heads& k, std::int64_t
       struct Scratch {
         Floats rows, scores, sums;
       };
-      auto scratch = std::make_shared<Scratch>(Scratch{Floats(together * height * size),
-                                                       Floats(together * height * panels * kPanel),
-                                                       Floats(together * panels * kPanel)});
+      const std::int64_t most = (together * height + 31) / 32 * 32;
+      auto scratch = hold(kernels, Scratch{Floats(most * packing.words), Floats(most * panels * kPanel),
+                                           Floats(together * panels * kPanel)});
       return [&, scratch](std::int64_t item) {
         const std::int64_t key_head = first + item / per_key_head, batch = key_head / p.key_heads;
         const std::int64_t head = key_head % p.key_heads * p.group() + item % per_key_head / tiles;
@@ -215,12 +247,12 @@ void antidiagonal(const Problem& p, const Heads& q, const Heads& k, std::int64_t
         const Band band{-kFar, p.causal ? low + p.offset + 1 : kFar};
         PanelList list(of_batch(bits, batch));
         list.add(0, std::min(folded, band.high + high - low - 1));
-        fold_rows(q.vectors(batch, head), stride, p.scale / static_cast<float>(stride) * kPerLog2, low, high,
-                  scratch->rows.get());
-        attention_kernels().strip({scratch->rows.get(), static_cast<int>(high - low), band, list.data(), list.size(),
-                                   keys.get() + (key_head - first) * across, size, static_cast<int>(height),
-                                   scratch->sums.get(),
-                                   scratch->scores.get()});
+        if (kernels.matrices) list.pair();
+        const Folded folded_rows(q.vectors(batch, head), stride, true, nullptr, low, high);
+        kernels.rows(folded_rows.vectors(), 0, high - low, factor, scratch->rows.get());
+        kernels.strip({scratch->rows.get(), static_cast<int>(high - low), band, list.data(), list.size(),
+                       keys.get() + (key_head - first) * across, packing.words, static_cast<int>(height),
+                       scratch->sums.get(), scratch->scores.get(), std::abs(factor)});
         float* lines = target + ((batch * p.heads + head) * blocks + begin) * columns;
         std::fill_n(lines, (end - begin) * columns, 0.0f);
         for (std::int64_t line = 0; line < end - begin; ++line)

@@ -48,17 +48,21 @@ inline const std::vector<std::uint16_t>& of_batch(const KeyBits& bits, std::int6
   return bits[bits.size() > 1 ? static_cast<std::size_t>(batch) : 0];
 }
 
+// Panels of `count` vectors, and one more that makes pairs of them.
+inline std::int64_t paired_panels(std::int64_t count) { return (count + 2 * kPanel - 1) / (2 * kPanel) * 2; }
+
 // Packs heads first … last − 1 of a tensor across, and those of another of the same length along; the same one may be
 // both, and without a target nothing is packed.
-inline void pack(const Heads& one, float* across, const Heads& other, float* along, std::int64_t per_batch,
-                 std::int64_t first, std::int64_t last, const KeyBits* bits, int threads) {
-  const std::int64_t panels = one.panels(), size = one.size * kPanel, strips = other.strips() * 256;
-  pack_heads(panels, first, last, threads, [&](std::int64_t head, std::int64_t begin, std::int64_t end) {
-    const std::int64_t batch = head / per_batch, at = (head - first) * panels + begin;
-    if (across) attention_kernels().across(one.vectors(batch, head % per_batch), begin, end, across + at * size);
+inline void pack(const AttentionKernels& kernels, const Heads& one, float* across, const Heads& other, float* along,
+                 std::int64_t per_batch, std::int64_t first, std::int64_t last, const KeyBits* bits, int threads) {
+  const std::int64_t room = paired_panels(one.length);
+  const std::int64_t size = Packing(kernels, one.size).across, strips = Packing(kernels, other.size).along;
+  pack_heads(one.panels(), first, last, threads, [&](std::int64_t head, std::int64_t begin, std::int64_t end) {
+    const std::int64_t batch = head / per_batch, at = (head - first) * room + begin;
+    if (across) kernels.across(one.vectors(batch, head % per_batch), begin, end, across + at * size);
     if (along)
-      attention_kernels().along(other.vectors(batch, head % per_batch), begin, end,
-                                bits ? of_batch(*bits, batch).data() : nullptr, along + at * strips);
+      kernels.along(other.vectors(batch, head % per_batch), begin, end,
+                    bits ? of_batch(*bits, batch).data() : nullptr, along + at * strips);
   });
 }
 
@@ -69,10 +73,10 @@ struct PackedHeads {
 
   PackedHeads(const Heads& tensor, std::int64_t per_batch, std::int64_t first, std::int64_t last, const KeyBits* bits,
               int threads)
-      : size(tensor.size), strips(tensor.strips()), across_numbers(tensor.panels() * kPanel * size),
-        along_numbers(tensor.panels() * 256 * strips), across((last - first) * across_numbers),
+      : size(tensor.size), strips(tensor.strips()), across_numbers(paired_panels(tensor.length) * kPanel * size),
+        along_numbers(paired_panels(tensor.length) * 256 * strips), across((last - first) * across_numbers),
         along((last - first) * along_numbers) {
-    pack(tensor, across.get(), tensor, along.get(), per_batch, first, last, bits, threads);
+    pack(attention_kernels(), tensor, across.get(), tensor, along.get(), per_batch, first, last, bits, threads);
   }
   Columns columns(std::int64_t head) const {
     return {across.get() + head * across_numbers, size, along.get() + head * along_numbers, strips};

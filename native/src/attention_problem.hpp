@@ -101,6 +101,7 @@ struct Problem {
   }
 
   std::int64_t group() const { return heads / key_heads; }
+  float factor() const { return scale * kPerLog2; }  // from products to exponents of two
 
   // What queries from `first` on see of the keys, and what keys from `first` on see of the queries.
   Band of_queries(std::int64_t first) const {
@@ -139,6 +140,18 @@ class PanelList {
       if (!panels_.empty() && panels_.back().place == place) panels_.back().bits |= bits;
       else panels_.push_back({static_cast<std::int32_t>(place), bits});
     }
+  }
+  // As kernels for matrix registers read them: every panel with its neighbour, or with itself without bits.
+  void pair() {
+    std::vector<Panel> pairs;
+    pairs.reserve(2 * panels_.size());
+    for (std::size_t i = 0; i < panels_.size(); ++i) {
+      const Panel& one = panels_[i];
+      const bool both = one.place % 2 == 0 && i + 1 < panels_.size() && panels_[i + 1].place == one.place + 1;
+      pairs.push_back(one);
+      pairs.push_back(both ? panels_[++i] : Panel{one.place, 0});
+    }
+    panels_.swap(pairs);
   }
   const Panel* data() const { return panels_.data(); }
   std::int64_t size() const { return static_cast<std::int64_t>(panels_.size()); }

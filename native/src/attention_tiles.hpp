@@ -2,6 +2,11 @@
 //
 // In the forward pass rows are queries and columns are keys; where gradients of keys and values are formed it is the
 // other way round. Exponentials are powers of two: whoever packs rows multiplies them by scale / ln 2.
+//
+// Kernels for matrix registers read numbers of bfloat16, two to a word, in vectors that are filled up to multiples of
+// 32 with zeros. Their rows come in groups of 32, and their panels in pairs that begin at even places; a panel whose
+// neighbour is not read is followed by itself without bits. Rows take only the sign of scale / ln 2, since they stay
+// exact; `factor` of a tile is its magnitude, which other kernels do not look at.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +62,7 @@ struct ForwardTile {
   float* most;       // of each row: the highest score, and the sum of 2^(score − most)
   float* total;
   float* scores;     // room for kTileRows × kPiece · 16
+  float factor;
 };
 
 // Sums of 2^(score − shift) over all rows, for each column of the panels: sums[16 · k + lane] for panels[k].
@@ -71,6 +77,7 @@ struct MassTile {
   const float* shifts;  // of each row
   float* sums;
   float* scores;
+  float factor;
 };
 
 // Antidiagonal scoring: rows and columns are of folded vectors. The weights of all rows are in memory at once; those of
@@ -86,6 +93,7 @@ struct StripTile {
   int height;
   float* sums;
   float* scores;  // room for count × 16 · panel_count
+  float factor;
 };
 
 // Gradients: weights P = 2^(score − shift) and flow F = P ⊙ (G − delta), where G are the products of `grads` with the
@@ -124,10 +132,26 @@ struct AttentionKernels {
   void (*write)(const float* sums, int rows, std::int64_t strips, float factor, std::int64_t size, Value value,
                 void* outputs,
                 std::int64_t stride);
+  bool matrices;  // whether for matrix registers; those have no gradients
+};
+
+// What packed vectors of `size` numbers take, in words of four bytes.
+struct Packing {
+  std::int64_t words;          // of a vector
+  std::int64_t strips;         // of sixteen numbers, in which sums lie
+  std::int64_t across, along;  // of a panel
+
+  Packing(const AttentionKernels& kernels, std::int64_t size)
+      : words(kernels.matrices ? (size + 31) / 32 * 16 : size),
+        strips(kernels.matrices ? (size + 31) / 32 * 2 : (size + 15) / 16),
+        across(words * kPanel), along(strips * (kernels.matrices ? 128 : 256)) {}
 };
 
 // Those of the instruction set in use.
 const AttentionKernels& attention_kernels();
+
+// Those for matrix registers, of attention_matrices.cpp.
+const AttentionKernels& attention_matrices();
 
 namespace plain {
 const AttentionKernels& attention_table();

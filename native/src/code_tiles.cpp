@@ -1,6 +1,6 @@
 // Scores of features for tokens by the matrix registers of a processor (AMX), from numbers rounded to bfloat16.
 //
-// Compiled with instructions that few processors have, and called only where `tiles_usable` says so.
+// Compiled with instructions that few processors have, and called only where `matrix_registers_usable` says so.
 
 #include <cstdint>
 
@@ -9,45 +9,10 @@
 #if defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace gossamer {
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-
-namespace {
-
-constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl; Linux 5.16
-
-struct alignas(64) Configuration {
-  std::uint8_t palette = 1, start = 0, reserved[14] = {};
-  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-bool processor_has_tiles() {
-  // leaf 7: bit 22 AMX-BF16 and bit 24 AMX-TILE
-  unsigned a = 7, b, c = 0, d;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d >> 22 & 1u) && (d >> 24 & 1u);
-}
-
-}  // namespace
-
-bool tiles_allowed() {
-  static const bool allowed = processor_has_tiles() && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return allowed;
-}
-
-void begin_tiles() {
-  const Configuration configuration;
-  __asm__ volatile("" : : "m"(configuration));  // the intrinsic of some compilers reads its first eight bytes only
-  _tile_loadconfig(&configuration);
-}
-void end_tiles() { _tile_release(); }
+#if defined(__AMX_BF16__)
 
 void score_tile(const ScoreTile& tile) {
   const auto* features = static_cast<const std::uint16_t*>(tile.features);
@@ -77,9 +42,6 @@ void score_tile(const ScoreTile& tile) {
 
 #else
 
-bool tiles_allowed() { return false; }
-void begin_tiles() {}
-void end_tiles() {}
 void score_tile(const ScoreTile&) {}
 
 #endif

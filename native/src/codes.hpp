@@ -108,13 +108,8 @@ struct CodeKernels {
 // Those of the instruction set in use.
 const CodeKernels& code_kernels();
 
-// Whether scores are formed in tiles of bfloat16 by matrix registers (AMX): where the processor has them, the system
-// lets us, and the instruction set in use is the best one.
-bool tiles_usable();
-bool tiles_allowed();               // of code_tiles.cpp: by processor and system
-void score_tile(const ScoreTile&);  // of code_tiles.cpp; rows is 32
-void begin_tiles();                 // once on every thread, before the first tile
-void end_tiles();
+// By matrix registers, of code_tiles.cpp; rows is 32.
+void score_tile(const ScoreTile&);
 
 namespace plain {
 const CodeKernels& code_table();

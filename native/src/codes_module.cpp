@@ -14,6 +14,7 @@
 
 #include "codes.hpp"
 #include "cpu.hpp"
+#include "matrix_registers.hpp"
 #include "parallel.hpp"
 #include "products.hpp"
 
@@ -31,8 +32,6 @@ const CodeKernels& code_kernels() {
   if (name != "plain") throw std::invalid_argument("no kernels of codes for instruction set '" + name + "'");
   return plain::code_table();
 }
-
-bool tiles_usable() { return instruction_set() == "avx512_bf16" && tiles_allowed(); }
 
 namespace {
 
@@ -269,9 +268,10 @@ bool encode(const Problem& problem, const Prepared& features, bool ready, int th
   share_out((all + groups - 1) / groups, threads, [&](std::int64_t item) {
     static thread_local Room memory;
     Collection found(problem, item * groups * kTokens, std::min(groups, all - item * groups), memory);
-    if (problem.tiles) begin_tiles();
-    found.go_through(features);
-    if (problem.tiles) end_tiles();
+    {
+      const MatrixRegisters registers(problem.tiles);
+      found.go_through(features);
+    }
     found.choose(features);
   });
   return true;
@@ -336,11 +336,11 @@ void bind_codes(nb::module_& m) {
     nb::gil_scoped_release unlocked;
     const Problem problem{tokens, size, features, wanted, at<float>(x), at<float>(encoder), at<float>(bias),
                           into<std::int32_t>(indices), into<float>(values), into<std::int64_t>(counts),
-                          rounded && tiles_usable()};
+                          rounded && matrix_registers_usable()};
     return encode(problem, {into<float>(lengths), into<float>(errors), into<std::uint16_t>(rounded)}, ready,
                   std::max(threads, 1));
   });
-  m.def("code_tiles", &tiles_usable);
+  m.def("code_tiles", &matrix_registers_usable);
   m.def("code_block", [] { return kMarginRows; });
   m.def("code_adam", [](std::int64_t rows, std::int64_t size, Address weights, Address means, Address squares,
                         Address gradients, double first, double second, double rate, double square_share,
