@@ -48,6 +48,8 @@ def test_compiled_steps_write_the_text_of_the_models_own_code(settings, model):
         assert written(native, prompt) == written(eager, prompt)
     end = written(eager)[0][0][14]
     assert written(native, eos_token_id=end) == written(eager, eos_token_id=end)
+    rules = {"repetition_penalty": 1.7}
+    assert written(native, **rules) == written(eager, **rules) != written(eager)
 
 
 @needs_kernels

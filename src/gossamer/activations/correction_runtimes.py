@@ -38,7 +38,11 @@ class EagerText:
     ----------
     cache
         Keys and values of the text.
+    best
+        The most likely token after the last draft, where it has been found on the way; None elsewhere.
     """
+
+    best: int | None = None
 
     def __init__(self, model: Any, sparse: ContextualSparse):
         self.model, self.sparse = model, sparse
@@ -104,6 +108,8 @@ class CompiledText:
     backend
         Of torch.compile: a name, or a function.
     """
+
+    best: int | None = None
 
     def __init__(self, model: Any, sparse: ContextualSparse, tokens: int, backend: Any = "inductor"):
         self.model, self.sparse, self._tokens, self._backend = model, sparse, tokens, backend
@@ -200,6 +206,7 @@ class NativeText:
         self._full = DecodeProgram.of(model, _LEAST)
         self._sparse = self._full
         self._session: Session | None = None
+        self.best: int | None = None
 
     def begin(self, ids: Tensor, cache: Any, room: int) -> None:
         """See :meth:`EagerText.begin`; the cache stays as it is."""
@@ -240,7 +247,9 @@ class NativeText:
 
     def draft(self, token: int) -> Tensor:
         """Read one token; logits ``(1, vocabulary)``, valid until the next call."""
-        return self._text.feed([token])[None]
+        logits = self._text.feed([token])[None]
+        self.best = self._text.best
+        return logits
 
     def check(self, tokens: list[int]) -> Tensor:
         """Read tokens at once; logits ``(tokens, vocabulary)``."""

@@ -47,6 +47,11 @@ class GreedyText:
         """Tokens that have come."""
         return self.ids.shape[1] - self.prompt
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether scores are the logits, since there are no processors."""
+        return self._processors is None
+
     def with_tokens(self, tokens: list[int]) -> Tensor:
         """The text as it would be with more tokens, ``(1, tokens)``."""
         if not tokens:

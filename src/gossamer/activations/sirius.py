@@ -242,8 +242,10 @@ class SiriusGenerator:
         if self.tree_width == 1:
             place = beam[0][0]
             words = tree.words(place)
-            token = int(text.scores(logits[place], words).argmax())
-            return [(tree.add(token, place), 0.0, text.ends([*words, token]))]
+            # threads of torch that wait for more work after an argmax would take cores from compiled steps
+            known = self._text.best if text.is_plain else None
+            word = int(text.scores(logits[place], words).argmax()) if known is None else known
+            return [(tree.add(word, place), 0.0, text.ends([*words, word]))]
         candidates: list[tuple[float, int, int | None]] = []
         candidates += [(score, place, None) for place, score, ended in beam if ended]
         for place, score, ended in beam:
