@@ -274,6 +274,8 @@ def test_stand_ins_behave_like_tensors():
             found = found.tensor() if isinstance(found, KeptRows) else found
             torch.testing.assert_close(found, apply(tensor))
     assert rows.to(torch.float32) is rows
+    with pytest.raises(RuntimeError, match="dtype"):
+        nn.functional.linear(rows, weight.double())
     for total in (rows + waiting, waiting + rows, product + rows, rows + (waiting + expected) - expected):
         found = total.tensor() if isinstance(total, KeptRows) else total
         torch.testing.assert_close(found, expected + product)

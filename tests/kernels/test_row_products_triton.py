@@ -29,9 +29,9 @@ def some(of, count):
     return torch.randperm(of, generator=generator)[:count].sort().values.to(device)
 
 
-for (rows, depth, width), left_turned, right_turned, indexed, add in itertools.product(
-    ((70, 40, 20), (1, 1, 1), (30, 65, 130)), (False, True), (False, True), (False, True), (False, True)
-):
+cases = [((70, 40, 20), *ways) for ways in itertools.product((False, True), repeat=4)]
+cases += [(shape, turned, not turned, True, True) for shape in ((1, 1, 1), (30, 65, 130)) for turned in (False, True)]
+for (rows, depth, width), left_turned, right_turned, indexed, add in cases:
     left = draw(depth, rows) if left_turned else draw(rows, depth)
     right = draw(depth, width) if right_turned else draw(width, depth)
     sides = {"left_turned": left_turned, "right_turned": right_turned, "add": add, "bias": draw(width)}

@@ -59,7 +59,12 @@ class _StandIn:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and isinstance(args[0], KeptRows) and not kwargs:
+        if (
+            func is functional.linear
+            and isinstance(args[0], KeptRows)
+            and not kwargs
+            and args[0].dtype == args[1].dtype
+        ):
             return args[0].product(*args[1:])
         if func in _SUMS and len(args) == 2 and not kwargs:
             return args[0] + args[1] if isinstance(args[0], _StandIn) else args[1] + args[0]
