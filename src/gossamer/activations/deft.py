@@ -21,7 +21,7 @@ from gossamer.core.penalties import PENALTIES, ActivationPenalty, Factor
 from gossamer.core.registry import register
 from gossamer.core.taps import Tap
 from gossamer.errors import ConfigurationError, TargetError, UnknownNameError
-from gossamer.models.feedforward_taps import block_activations, feed_forward_taps
+from gossamer.models.feedforward_taps import block_activations, feed_forward_taps, has_packed_matrices
 
 Sites = Literal["activation", "middle", "auto"]
 
@@ -82,9 +82,10 @@ def density_taps(model: nn.Module, sites: Sites = "auto") -> list[Tap]:
         raise UnknownNameError("place", str(sites), get_args(Sites))
     if sites != "auto":
         return feed_forward_taps(model, sites)
-    for look in (partial(feed_forward_taps, place="activation"), feed_forward_taps):
-        with suppress(TargetError):
-            return look(model)
+    if not has_packed_matrices(model):
+        for look in (partial(feed_forward_taps, place="activation"), feed_forward_taps):
+            with suppress(TargetError):
+                return look(model)
     return block_activations(model)  # of a base in 4 bits no more can be told
 
 

@@ -16,6 +16,7 @@ from gossamer.core.quantization import Quantizer
 from gossamer.core.targets import find_targets
 from gossamer.errors import ConfigurationError, MissingDependencyError, UnknownNameError
 from gossamer.models.feedforward_search import find_feed_forwards
+from gossamer.models.feedforward_taps import has_packed_matrices
 
 Kind = Literal["lora", "adapter", "prefix", "prompt"]
 Task = Literal["SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -50,6 +51,11 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.narrow.bias)
         nn.init.zeros_(self.wide.weight)
         nn.init.zeros_(self.wide.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own matrix, for models that ask it for its dtype, as T5 does."""
+        return self.base_layer.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer gives, adapted."""
@@ -112,7 +118,14 @@ def add_adapters(model: Any, reduction: int = 16) -> Any:
     ------
     TargetError
         If there is no feed-forward layer.
+    ConfigurationError
+        If the matrices are packed in few bits, so that feed-forward layers cannot be told by what they compute.
     """
+    if has_packed_matrices(model):
+        raise ConfigurationError(
+            f"{type(model).__name__} holds its matrices packed in few bits, among which adapters find no place; "
+            f"fine-tune it by 'lora', or round a base in place with round_base_"
+        )
     layers = find_feed_forwards(model)
     body = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     body.requires_grad_(False)
@@ -126,7 +139,8 @@ def add_adapters(model: Any, reduction: int = 16) -> Any:
 def four_bit_loading() -> Any:
     """The configuration with which QLoRA loads its base: 4-bit NormalFloat, its constants quantised again.
 
-    Dettmers et al., 2023, "QLoRA", arXiv 2305.14314. For ``from_pretrained(…, quantization_config=…)``.
+    Dettmers et al., 2023, "QLoRA", arXiv 2305.14314. For ``from_pretrained(…, quantization_config=…)``; on a processor
+    as on an accelerator, since bitsandbytes 0.46.
 
     Raises
     ------

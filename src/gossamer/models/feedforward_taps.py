@@ -117,6 +117,11 @@ def feed_forward_activations(model: nn.Module) -> list[Activation]:
     return list(found.values())
 
 
+def has_packed_matrices(model: nn.Module) -> bool:
+    """Whether matrices are held in few bits, as whole numbers, so that nobody can tell what their layers compute."""
+    return any(parameter.dim() > 1 and not parameter.is_floating_point() for parameter in model.parameters())
+
+
 def block_activations(model: nn.Module) -> list[Tap]:
     """Taps at the activation functions inside the repeated blocks of a model, told by their class.
 
