@@ -39,7 +39,7 @@ void forward(const ForwardTile& tile) {
   __builtin_memset(tile.outputs, 0, sizeof(float) * static_cast<std::size_t>(tile.count * tile.columns.strips * 16));
   float shares[kTileRows];
   for (int row = 0; row < tile.count; ++row) tile.most[row] = negative_infinity(), tile.total[row] = 0.0f;
-  in_pieces(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
+  in_pieces<kPiece>(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
     const Panel* panels = piece.panels;
     const int count = piece.count;
     all_scores(tile.rows, tile.count, tile.columns.size, tile.band, panels, count, tile.columns.across,
@@ -72,7 +72,7 @@ void finish(const ForwardTile& tile, std::int64_t size, Value value, void* outpu
 
 void mass(const MassTile& tile) {
   float* sums = tile.sums;
-  in_pieces(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
+  in_pieces<kPiece>(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
     const Panel* panels = piece.panels;
     const int count = piece.count;
     all_scores(tile.rows, tile.count, tile.size, tile.band, panels, count, tile.across,
@@ -125,7 +125,7 @@ inline void weigh(const GradientTile& tile, float* scores, float* products, cons
 
 void gradient(const GradientTile& tile) {
   float* products = tile.scores + kTileRows * kStride;
-  in_pieces(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
+  in_pieces<kPiece>(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
     const Panel* panels = piece.panels;
     const int count = piece.count;
     all_scores(tile.rows, tile.count, tile.first.size, tile.band, panels, count, tile.first.across,

@@ -35,8 +35,9 @@ struct Count {
 #include "attention_products.hpp"
 #include "attention_softmax.hpp"
 
-constexpr int kGroup = 32;                // rows, and numbers of a vector, that two registers or one hold
-constexpr std::int64_t kRegister = 256;   // words: sixteen rows of sixteen
+constexpr int kGroup = 32;               // rows, and numbers of a vector, that two registers or one hold
+constexpr std::int64_t kRegister = 256;  // words: sixteen rows of sixteen
+constexpr std::int64_t kWideStride = kMatrixPiece * kPanel;  // scores of a row that is multiplied with values
 
 // ------------------------------------------------------------------------------------------------ packing
 
@@ -119,9 +120,14 @@ inline void in_groups(int rows, const Band& band, const Panel* panels, int count
   }
 }
 
-// Products of 32 rows with the columns of two panels.
-inline void score_pair(const float* rows, std::int64_t chunks, const float* left, const float* right, float* scores,
-                       std::int64_t stride) {
+// Asks for words that are read soon, sixteen to a cache line.
+inline void ask_for(const float* words, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
+}
+
+// Products of 32 rows with the columns of two panels; asks for another one.
+inline void score_pair(const float* rows, std::int64_t chunks, const float* left, const float* right, const float* next,
+                       float* scores, std::int64_t stride) {
   const float* lower = rows + chunks * kRegister;
   const std::int64_t line = 4 * stride;
   _tile_zero(0);
@@ -129,6 +135,7 @@ inline void score_pair(const float* rows, std::int64_t chunks, const float* left
   _tile_zero(2);
   _tile_zero(3);
   for (std::int64_t at = 0; at < chunks * kRegister; at += kRegister) {
+    ask_for(next + at, kRegister);
     _tile_loadd(4, rows + at, 64);
     _tile_loadd(6, left + at, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -152,8 +159,10 @@ inline void score_panels(const float* rows, int count, std::int64_t words, const
   for (int k = 0; k < panel_count; k += 2) {
     const float* left = across + panels[k].place * size;
     const float* right = across + panels[k + 1].place * size;
+    const Panel* next = panels + (k + 2 < panel_count ? k + 2 : k);
     in_groups(count, band, panels + k, 2, [&](int first, int, int) {
-      score_pair(rows + first * words, chunks, left, right, scores + first * stride + k * kPanel, stride);
+      score_pair(rows + first * words, chunks, left, right, across + next[first / kGroup % 2].place * size,
+                 scores + first * stride + k * kPanel, stride);
     });
   }
 }
@@ -229,31 +238,34 @@ inline void scale_row(float* outputs, std::int64_t strips, float share) {
 }
 
 void forward(const ForwardTile& tile) {
-  const std::int64_t width = 16 * tile.columns.strips, rows = (tile.count + kGroup - 1) / kGroup * kGroup;
+  const std::int64_t width = 16 * tile.columns.strips, panel = kRegister / 2 * tile.columns.strips;
+  const std::int64_t rows = (tile.count + kGroup - 1) / kGroup * kGroup;
   __builtin_memset(tile.outputs, 0, sizeof(float) * static_cast<std::size_t>(rows * width));
   for (int row = 0; row < tile.count; ++row) tile.most[row] = negative_infinity(), tile.total[row] = 0.0f;
-  in_pieces(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
+  in_pieces<kMatrixPiece>(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
     score_panels(tile.rows, tile.count, tile.columns.size, tile.band, piece.panels, piece.count, tile.columns.across,
-                 tile.scores, kStride);
+                 tile.scores, kWideStride);
     in_groups(tile.count, tile.band, piece.panels, piece.count, [&](int first, int end, int seen) {
       for (int row = first; row < end; ++row) {
-        float* scores = tile.scores + row * kStride;
+        float* scores = tile.scores + row * kWideStride;
+        if (row < seen) ask_for(tile.columns.along + piece.panels[row].place * panel, panel);
         hide(scores, piece.panels, piece.open, seen, tile.band, row);
         const float before = tile.most[row], found = tile.factor * highest(scores, seen);
-        const float most = found > before ? found : before, share = power_of_two(before - finite(most));
+        const float most = found > before ? found : before;
+        const float share = found > before ? power_of_two(before - most) : 1.0f;
         tile.total[row] = tile.total[row] * share + weigh(scores, seen, tile.factor, finite(most));
         tile.most[row] = most;
         scale_row(tile.outputs + row * width, tile.columns.strips, share);
       }
-      add_values(tile.scores + first * kStride, kStride, piece.panels, seen, tile.columns.along, tile.columns.strips,
-                 tile.outputs + first * width);
+      add_values(tile.scores + first * kWideStride, kWideStride, piece.panels, seen, tile.columns.along,
+                 tile.columns.strips, tile.outputs + first * width);
     });
   });
 }
 
 void mass(const MassTile& tile) {
   float* sums = tile.sums;
-  in_pieces(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
+  in_pieces<kPiece>(tile.panels, tile.panel_count, tile.band, tile.count, [&](const Piece& piece) {
     score_panels(tile.rows, tile.count, tile.size, tile.band, piece.panels, piece.count, tile.across, tile.scores,
                  kStride);
     in_groups(tile.count, tile.band, piece.panels, piece.count, [&](int first, int end, int seen) {

@@ -75,7 +75,7 @@ void forward(const Problem& p, const Heads& q, const Heads& k, const Heads& v, c
         float most[kTileRows], total[kTileRows];
       };
       auto scratch = hold(kernels, Scratch{Floats(kTileRows * packing.words), Floats(kTileRows * summed.strips * 16),
-                                           Floats(kTileRows * kPiece * kPanel), {}, {}});
+                                           Floats(kTileRows * kernels.piece() * kPanel), {}, {}});
       return [&, scratch](std::int64_t item) {
         const std::int64_t key_head = first + item / per_key_head, batch = key_head / p.key_heads;
         const std::int64_t head = key_head % p.key_heads * p.group() + item % per_key_head / per_head;
@@ -221,14 +221,21 @@ void antidiagonal(const Problem& p, const Heads& q, const Heads& k, std::int64_t
   const std::int64_t tiles = (blocks + together - 1) / together;
   const float factor = p.factor() / static_cast<float>(stride);
   const KeyBits bits = folded_bits(p, stride, folded);
+  const bool side_by_side = k.stride == k.size && !p.key_mask && p.keys % stride == 0;  // folded as they lie
   in_rounds(p.batch * p.key_heads, across, [&](std::int64_t first, std::int64_t last) {
     const Floats keys((last - first) * across);
     share_items((last - first) * panels, p.threads, [&] {
       return [&](std::int64_t item) {
         const std::int64_t head = first + item / panels, place = item % panels, batch = head / p.key_heads;
-        const Folded panel(k.vectors(batch, head % p.key_heads), stride, false,
-                           p.key_mask ? p.key_mask + batch * p.keys : nullptr, place * kPanel, (place + 1) * kPanel);
-        kernels.across(panel.vectors(), 0, 1, keys.get() + ((head - first) * panels + place) * packing.across);
+        const Vectors all = k.vectors(batch, head % p.key_heads);
+        float* to = keys.get() + ((head - first) * panels + place) * packing.across;
+        if (side_by_side) {
+          kernels.across({all.data, stride * k.size, folded, stride * k.size, k.value}, place, place + 1, to);
+          return;
+        }
+        const Folded panel(all, stride, false, p.key_mask ? p.key_mask + batch * p.keys : nullptr, place * kPanel,
+                           (place + 1) * kPanel);
+        kernels.across(panel.vectors(), 0, 1, to);
       };
     });
     const std::int64_t per_key_head = tiles * p.group();

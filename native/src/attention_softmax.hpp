@@ -61,11 +61,11 @@ struct Piece {
   }
 };
 
-// Calls work(piece) for kPiece panels after the other.
-template <typename Work>
+// Calls work(piece) for `Most` panels after the other.
+template <int Most, typename Work>
 inline void in_pieces(const Panel* panels, std::int64_t panel_count, const Band& band, int rows, Work&& work) {
-  for (std::int64_t begin = 0; begin < panel_count; begin += kPiece) {
-    const int count = static_cast<int>(panel_count - begin < kPiece ? panel_count - begin : kPiece);
+  for (std::int64_t begin = 0; begin < panel_count; begin += Most) {
+    const int count = static_cast<int>(panel_count - begin < Most ? panel_count - begin : Most);
     work(Piece{panels + begin, count, panel_count - begin - count, open_to_all(panels + begin, count, band, rows)});
   }
 }

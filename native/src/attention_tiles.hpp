@@ -16,9 +16,10 @@ namespace gossamer {
 
 enum class Value : int;
 
-constexpr int kPanel = 16;      // columns of a panel
-constexpr int kTileRows = 64;   // most rows of a tile
-constexpr int kPiece = 12;      // panels whose scores are in memory at a time
+constexpr int kPanel = 16;        // columns of a panel
+constexpr int kTileRows = 64;     // most rows of a tile
+constexpr int kPiece = 12;        // panels whose scores are in memory at a time
+constexpr int kMatrixPiece = 32;  // the same for sums by matrix registers
 
 // Sixteen columns, and of which of them a tile may read.
 struct Panel {
@@ -61,7 +62,7 @@ struct ForwardTile {
   float* outputs;    // rows × strips · 16
   float* most;       // of each row: the highest score, and the sum of 2^(score − most)
   float* total;
-  float* scores;     // room for kTileRows × kPiece · 16
+  float* scores;     // room for kTileRows × piece · 16
   float factor;
 };
 
@@ -133,6 +134,8 @@ struct AttentionKernels {
                 void* outputs,
                 std::int64_t stride);
   bool matrices;  // whether for matrix registers; those have no gradients
+
+  int piece() const { return matrices ? kMatrixPiece : kPiece; }
 };
 
 // What packed vectors of `size` numbers take, in words of four bytes.

@@ -26,6 +26,7 @@ SHAPES = [
     (2, 2, 2, 40, 30, 64, 64, 16, 8, False, None, True),
     (1, 4, 2, 190, 300, 17, 1, 48, 48, True, None, True),
     (1, 2, 1, 150, 333, 80, 40, 16, 16, False, None, True),
+    (1, 2, 1, 70, 1100, 40, 24, 64, 64, True, None, False),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
