@@ -64,6 +64,9 @@ def test_compiled_steps_are_made_again_for_a_longer_text(model):
 def test_compiled_steps_refuse_what_they_do_not_know(model, tiny_llama):
     with pytest.raises(ModelError, match="multiple of 16"):
         generator(tiny_llama, runtime="native")
+    elsewhere = ContextualSparse(tiny_llama)
+    with pytest.raises(ModelError, match="on meta"):
+        SiriusGenerator(tiny_llama.to("meta"), elsewhere, runtime="native")
     with pytest.raises(ConfigurationError, match="inputs_embeds"):
         generator(model, runtime="native").loop(
             model, PROMPT, past_key_values=transformers.DynamicCache(), inputs_embeds=torch.zeros(1, 9, 32)

@@ -141,6 +141,12 @@ def test_what_cannot_be_streamed_is_refused(streamed):
         StreamedFeedForwards(model, layers, "cpu")
     with pytest.raises(ConfigurationError, match="no feed-forward"):
         StreamedFeedForwards(model, [], "cpu")
+    fresh = transformers.LlamaForCausalLM(copy.deepcopy(model.config)).eval()
+    with pytest.raises(ConfigurationError, match="'gpu', which is no device"):
+        StreamedFeedForwards(fresh, find_feed_forwards(fresh), "gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="finds no GPU"):
+            StreamedFeedForwards(fresh, find_feed_forwards(fresh), "cuda")
     other = transformers.LlamaForCausalLM(copy.deepcopy(model.config)).eval()
     found = find_feed_forwards(other)
     cpu_offload(other, torch.device("cpu"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.activations.contextual import ContextualSparse
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.key_value_cache import StaticMemory, crop_to
 from gossamer.runtime.program import DecodeProgram
 from gossamer.runtime.session import Session
@@ -198,10 +198,14 @@ class NativeText:
     Raises
     ------
     ModelError
-        If there are no compiled kernels, or the model is built of parts that the program does not know.
+        If there are no compiled kernels, the model is not on the CPU, or it has parts that the program does not know.
     """
 
     def __init__(self, model: Any, sparse: ContextualSparse):
+        if model.device.type != "cpu":
+            raise ModelError(
+                f"runtime='native' is for the CPU, and the model is on {model.device}; use another runtime"
+            )
         self.model, self.sparse = model, sparse
         self._full = DecodeProgram.of(model, _LEAST)
         self._sparse = self._full

@@ -51,7 +51,7 @@ class StreamedFeedForwards:
     Raises
     ------
     ConfigurationError
-        If there are no layers, accelerate streams the model already, or another streaming is at work.
+        If there are no layers or no such device, accelerate streams the model already, or another streaming is at work.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[FeedForward], device: torch.device | str):
@@ -63,7 +63,7 @@ class StreamedFeedForwards:
             )
         if any("_streamed" in vars(layer.module) for layer in layers):
             raise ConfigurationError("the layers of this model are streamed already; call remove() there first")
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.bytes_moved = 0
         self._layers = list(layers)
         self._homes = [[_home(target, self.device) for target in layer.targets] for layer in self._layers]
@@ -171,6 +171,16 @@ class _Pace:
         """Note that a buffer has been computed from."""
         if self._stream is not None:
             self._used[slot] = torch.cuda.current_stream(self._stream.device).record_event()
+
+
+def _device(wanted: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigurationError(f"offload is {wanted!r}, which is no device; give one such as 'cuda:0'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"offload is {wanted!r}, but torch finds no GPU; leave offload out")
+    return device
 
 
 def _moved(model: nn.Module, staying: set[int], device: torch.device) -> list[tuple[dict[str, Any], str, Tensor]]:
