@@ -152,7 +152,7 @@ def four_bit_loading() -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise MissingDependencyError("bitsandbytes", "recovery", "a base in 4 bits for QLoRA")
+        raise MissingDependencyError("bitsandbytes", "qlora", "a base in 4 bits for QLoRA")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

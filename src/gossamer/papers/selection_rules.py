@@ -29,7 +29,7 @@ from gossamer.papers.results import read_json
 from gossamer.storage.atomic import atomic_file, write_json
 
 COUNTED = (TOPK, BATCH_TOPK, MUTUAL, FEATURE, GRADIENT, MATRYOSHKA, PURSUIT)
-PENALTIES = {RELU: (0.03, 0.1, 0.3), JUMP: (0.003, 0.01, 0.03)}
+PENALTIES = {RELU: (0.002, 0.004, 0.007), JUMP: (0.003, 0.01, 0.03)}
 KS = (8, 24, 64)
 PLAN: dict[str, Any] = {
     "features": 1024,
