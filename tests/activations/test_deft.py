@@ -252,7 +252,7 @@ def test_bad_names_and_missing_libraries_are_named(monkeypatch, classifier):
         return plain(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_peft)
-    with pytest.raises(MissingDependencyError, match="qlora"):
+    with pytest.raises(MissingDependencyError, match="recovery"):
         efficient(classifier, "lora")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="bitsandbytes"):
