@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.errors import CheckpointError, ModelError
+from gossamer.errors import CheckpointError
 from gossamer.kernels.native import available
 from gossamer.papers import fashion as fashion_module
 from gossamer.papers import fast_sparse_convnets, mobile_networks, network_speed, run_experiment, sparsebytenn
@@ -322,10 +322,10 @@ def test_images_are_read_class_after_class_without_empty_rows(tmp_path):
 
 def test_the_images_are_stored_once_and_a_damaged_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
-    monkeypatch.setattr(fashion_module, "_download", lambda folder: packed(folder))
+    monkeypatch.setattr(fashion_module, "npm_archive", lambda *wanted: packed(wanted[-1]))
     fashion_module.fashion.cache_clear()
     assert fashion_module.fashion().images.shape == (30, 1, 28, 28)
-    monkeypatch.setattr(fashion_module, "_download", lambda folder: pytest.fail("downloaded again"))
+    monkeypatch.setattr(fashion_module, "npm_archive", lambda *wanted: pytest.fail("downloaded again"))
     fashion_module.fashion.cache_clear()
     assert len(fashion_module.fashion()) == 30
     next(tmp_path.glob("**/images.npy")).write_bytes(b"nothing")
@@ -333,9 +333,3 @@ def test_the_images_are_stored_once_and_a_damaged_store_is_named(tmp_path, monke
     with pytest.raises(CheckpointError, match="delete it"):
         fashion_module.fashion()
     fashion_module.fashion.cache_clear()
-
-
-def test_without_npm_the_reader_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ModelError, match="apt install npm"):
-        fashion_module._download(tmp_path)
