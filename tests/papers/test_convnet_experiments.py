@@ -13,7 +13,14 @@ from torch import nn
 from gossamer.errors import CheckpointError
 from gossamer.kernels.native import available
 from gossamer.papers import fashion as fashion_module
-from gossamer.papers import fast_sparse_convnets, mobile_networks, network_speed, run_experiment, sparsebytenn
+from gossamer.papers import (
+    fast_sparse_convnets,
+    mobile_networks,
+    network_speed,
+    npm_packages,
+    run_experiment,
+    sparsebytenn,
+)
 from gossamer.papers.digits import Digits
 from gossamer.papers.fashion import FashionTask
 from gossamer.papers.mobile_networks import MOBILENET_V2, SMALL, cache_aware, inverted_network, mobilenet, mobilenet_v2
@@ -322,10 +329,10 @@ def test_images_are_read_class_after_class_without_empty_rows(tmp_path):
 
 def test_the_images_are_stored_once_and_a_damaged_store_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
-    monkeypatch.setattr(fashion_module, "npm_archive", lambda *wanted: packed(wanted[-1]))
+    monkeypatch.setattr(npm_packages, "npm_archive", lambda *wanted: packed(wanted[-1]))
     fashion_module.fashion.cache_clear()
     assert fashion_module.fashion().images.shape == (30, 1, 28, 28)
-    monkeypatch.setattr(fashion_module, "npm_archive", lambda *wanted: pytest.fail("downloaded again"))
+    monkeypatch.setattr(npm_packages, "npm_archive", lambda *wanted: pytest.fail("downloaded again"))
     fashion_module.fashion.cache_clear()
     assert len(fashion_module.fashion()) == 30
     next(tmp_path.glob("**/images.npy")).write_bytes(b"nothing")

@@ -63,7 +63,7 @@ def test_a_package_without_its_files_is_refused(tmp_path):
     path = tmp_path / "package.tgz"
     with tarfile.open(path, "w:gz") as packed:
         packed.addfile(tarfile.TarInfo("package/other"), io.BytesIO())
-    with pytest.raises(KeyError, match="emoji"):
+    with pytest.raises(CheckpointError, match="emoji"):
         emoji._read(path)
 
 

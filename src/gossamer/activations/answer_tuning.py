@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gossamer.activations.deft import density_taps
 from gossamer.activations.penalized_training import PenalizedMethod, PenalizedTraining, penalty_callback
+from gossamer.core.labels import IGNORED
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError
 from gossamer.measure.activation_density import ActivationDensity, activation_density
 from gossamer.measure.answer_scores import AnswerScores, answer_scores
@@ -30,8 +31,6 @@ from gossamer.measure.windows import evaluation_mode
 
 LENGTH, ANSWER_LENGTH = 384, 30
 """Tokens of question and text together, and of an answer, after which the authors cut."""
-
-_IGNORED = -100  # a label that counts nowhere
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,12 @@ class AnswerBatches:
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
         """A batch: ``input_ids``, ``attention_mask``, ``labels`` and ``decoder_attention_mask``, ``(rows, tokens)``."""
-        labels = _padded([row["labels"] for row in rows], _IGNORED)
+        labels = _padded([row["labels"] for row in rows], IGNORED)
         return {
             "input_ids": _padded([row["input_ids"] for row in rows], self.padding),
             "attention_mask": _padded([row["attention_mask"] for row in rows], 0),
             "labels": labels,
-            "decoder_attention_mask": (labels != _IGNORED).long(),
+            "decoder_attention_mask": (labels != IGNORED).long(),
         }
 
 

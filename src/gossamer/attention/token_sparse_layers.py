@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gossamer.attention.token_sparse_rows import KeptRows, PermutationFree, put_back
+from gossamer.core.labels import IGNORED
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.blocks import Stack, find_stacks
 
@@ -161,7 +162,7 @@ class TokenSparseLayers:
             self._real = mask.bool()
         if isinstance(labels, Tensor) and labels.dim() == 2:
             # position t predicts the token behind it
-            self._labelled = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+            self._labelled = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
 
     def _forget(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._real = self._labelled = None

@@ -13,6 +13,7 @@ and not its input. See :mod:`gossamer.kernels.row_products` for the products, an
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -30,16 +31,16 @@ _BINARY = ("add", "sub", "mul", "truediv", "matmul", "pow")
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 
-class _StandIn:
+class _StandIn(ABC):
     """What becomes a tensor as soon as its numbers are needed."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
+    @abstractmethod
     def tensor(self) -> Tensor:
         """The numbers."""
-        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from gossamer.core.labels import IGNORED
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
 
 
@@ -43,7 +44,7 @@ class SegmentedLMLoss(nn.Module):
     >>> loss = SegmentedLMLoss()(hidden, model.lm_head, tokens)  # doctest: +SKIP
     """
 
-    def __init__(self, segment: int = 1024, ignore_index: int = -100, shift: bool = True):
+    def __init__(self, segment: int = 1024, ignore_index: int = IGNORED, shift: bool = True):
         super().__init__()
         check_segment(segment)
         self.segment, self.ignore_index, self.shift = segment, ignore_index, shift

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.labels import IGNORED
 from gossamer.core.progress import track
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
 from gossamer.features.gradients import loss_gradient
@@ -20,7 +21,6 @@ from gossamer.measure.windows import evaluation_mode, logits_of
 from gossamer.models.blocks import run_batch
 
 Ablation = Literal["mean", "zero"]
-IGNORED = -100  # a label that does not count, as in torch and Hugging Face
 Edit = Callable[[Tensor], Tensor]
 """Activations ``(batch, tokens, size)`` → what takes their place."""
 

@@ -24,9 +24,8 @@ from torch.nn.functional import cross_entropy, normalize
 from gossamer.core.randomness import generator_for
 from gossamer.errors import CheckpointError
 from gossamer.features.autointerp.embedding import MeanPooledEncoder
-from gossamer.models.packages import cache_directory, cached_folder, scratch_folder
 from gossamer.papers.encoder_text import encoder, encoder_tokenizer
-from gossamer.papers.npm_packages import npm_archive
+from gossamer.papers.npm_packages import content, npm_data
 
 _PACKAGE, _VERSION = "emoji-datasource", "16.0.0"
 _SHA256 = "2006725061dc0098daa832d65f854a7bec0740af2eb47cb5b23d89f7e2c849f9"
@@ -65,12 +64,7 @@ def emoji() -> Emoji:
     CheckpointError
         If it is not the one that is expected, or the cache is damaged.
     """
-    folder = cache_directory() / "packages" / f"{_PACKAGE}-{_VERSION}"
-    if not folder.is_dir():
-        with cached_folder(folder) as made, scratch_folder(folder.parent) as scratch:
-            images, of, names = _read(npm_archive(_PACKAGE, _VERSION, _SHA256, Path(scratch)))
-            np.save(made / _FILE, images)
-            (made / _NAMES).write_text(json.dumps({"of": of, "names": names}), "utf-8")
+    folder = npm_data(_PACKAGE, _VERSION, _SHA256, _keep)
     try:
         told = json.loads((folder / _NAMES).read_text("utf-8"))
         return Emoji(torch.from_numpy(np.load(folder / _FILE)), torch.tensor(told["of"]), told["names"])
@@ -78,27 +72,26 @@ def emoji() -> Emoji:
         raise CheckpointError(f"{folder} cannot be read ({error}); delete it to download it again") from error
 
 
+def _keep(archive: Path, folder: Path) -> None:
+    images, of, names = _read(archive)
+    np.save(folder / _FILE, images)
+    (folder / _NAMES).write_text(json.dumps({"of": of, "names": names}), "utf-8")
+
+
 def _read(archive: Path) -> tuple[np.ndarray, list[int], list[str]]:
     from PIL import Image
 
     images, of = [], []
     with tarfile.open(archive) as files:
-        entries = json.loads(_content(files, "emoji.json"))
+        entries = json.loads(content(files, "emoji.json"))
         for maker in _MAKERS:
-            sheet = np.asarray(Image.open(io.BytesIO(_content(files, f"img/{maker}/sheets/32.png"))).convert("RGBA"))
+            sheet = np.asarray(Image.open(io.BytesIO(content(files, f"img/{maker}/sheets/32.png"))).convert("RGBA"))
             for number, entry in enumerate(entries):
                 if entry[f"has_img_{maker}"]:
                     row, column = entry["sheet_y"] * _PITCH + 1, entry["sheet_x"] * _PITCH + 1
                     images.append(sheet[row : row + _SIDE, column : column + _SIDE].transpose(2, 0, 1))
                     of.append(number)
     return np.stack(images), of, [(entry["name"] or entry["short_name"]).lower() for entry in entries]
-
-
-def _content(files: tarfile.TarFile, name: str) -> bytes:
-    member = files.extractfile(f"package/{name}")
-    if member is None:
-        raise CheckpointError(f"{_PACKAGE} {_VERSION} holds no {name}; report it")
-    return member.read()
 
 
 # --------------------------------------------------------------------------------------------------- one space for both

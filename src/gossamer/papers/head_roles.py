@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gossamer.core.labels import IGNORED
 from gossamer.core.randomness import generator_for
 from gossamer.features.attention_sae import AttentionSAE
 from gossamer.features.attention_trace import trace_attention
@@ -24,7 +25,6 @@ BEGIN, MANY, FEW, COPY, SKIP = range(5)
 TASKS = {"repeat, many": MANY, "repeat, few": FEW, "copy": COPY, "skip": SKIP}
 _FIRST = 8  # of the tokens that texts are made of
 _ASK = 5  # the token after which a skip is decided
-_IGNORED = -100
 
 
 class Nothing(nn.Module):
@@ -94,7 +94,7 @@ def _text(length: int, generator: torch.Generator, task: int | None) -> tuple[Te
         tokens[later + 1] = _FIRST + 8 + marker
         known[later + 1] = True
     tokens[0], tokens[1] = BEGIN, kind
-    return tokens, torch.where(known, tokens, _IGNORED)
+    return tokens, torch.where(known, tokens, IGNORED)
 
 
 def teach(model: Any, steps: int, batch: int, length: int, rate: float, seed: int) -> None:
@@ -107,7 +107,7 @@ def teach(model: Any, steps: int, batch: int, length: int, rate: float, seed: in
             group["lr"] = rate * min((step + 1) / 50, 1.0, 2 * (steps - step) / steps)
         tokens, labels = texts(batch, length, generator)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,7 +123,7 @@ def judged(model: Any, length: int, count: int, seed: int) -> dict[str, float]:
     for name, task in TASKS.items():
         tokens, labels = texts(count, length, generator, task)
         guess = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1)
-        asked = labels[:, 1:] != _IGNORED
+        asked = labels[:, 1:] != IGNORED
         found[name] = float((guess[asked] == labels[:, 1:][asked]).double().mean())
     return found
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.labels import IGNORED
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.models.blocks import run_batch
 
 _CHUNK = 1 << 22  # logits at a time
-_IGNORED = -100
 
 
 class _Distilled(torch.autograd.Function):
@@ -27,12 +27,12 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
         gradient = torch.zeros_like(student)
-        count = max(1, int((labels != _IGNORED).sum()))
+        count = max(1, int((labels != IGNORED).sum()))
         rows = max(1, _CHUNK // student.shape[1])
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
-            known = labels[part] != _IGNORED
+            known = labels[part] != IGNORED
             wanted = labels[part].clamp_min(0).unsqueeze(1)
             plain = torch.log_softmax(student[part].float(), 1)
             total -= (1 - alpha) * plain.gather(1, wanted).squeeze(1)[known].sum(dtype=torch.float64)
@@ -128,7 +128,7 @@ class SelfDistillation:
         logits = _logits(output)
         labels = _labels(inputs).to(logits.device)
         if self.teacher is None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=_IGNORED)
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED)
             return (loss, output) if return_outputs else loss
         with torch.no_grad():
             said = run_batch(self.teacher, batch, next(self.teacher.parameters()).device)
@@ -155,7 +155,7 @@ def _labels(inputs: Any) -> Tensor:
     labels = inputs["labels"] if isinstance(inputs, Mapping) and "labels" in inputs else tokens
     labels = labels[:, 1:]
     if isinstance(inputs, Mapping) and isinstance(inputs.get("attention_mask"), Tensor):
-        labels = labels.masked_fill(inputs["attention_mask"][:, 1:] == 0, _IGNORED)
+        labels = labels.masked_fill(inputs["attention_mask"][:, 1:] == 0, IGNORED)
     return labels.flatten()
 
 
