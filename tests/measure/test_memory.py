@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import mmap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from gossamer.measure import memory, peak_flops, peak_memory, read_bandwidth
@@ -10,8 +12,13 @@ from gossamer.measure import memory, peak_flops, peak_memory, read_bandwidth
 MIB = 2**20
 
 
-def touch(mebibytes: int) -> np.ndarray:
-    return np.ones(mebibytes * MIB, dtype=np.uint8)
+@contextmanager
+def touched(mebibytes: int) -> Iterator[None]:
+    """Memory of the system's own that is in use for a while: what malloc gives may have been resident before."""
+    with mmap.mmap(-1, mebibytes * MIB) as block:
+        for page in range(0, len(block), mmap.PAGESIZE):
+            block[page] = 1
+        yield
 
 
 def linux_only() -> None:
@@ -21,39 +28,36 @@ def linux_only() -> None:
 
 def test_memory_that_was_freed_before_the_end_is_seen():
     linux_only()
-    with peak_memory() as peak:
-        block = touch(64)
-        del block
+    with peak_memory() as peak, touched(64):
+        pass
     assert peak.exact
     assert 60 * MIB <= peak.increase <= 80 * MIB
 
 
 def test_earlier_peaks_do_not_count():
     linux_only()
-    block = touch(128)
-    del block
-    with peak_memory() as peak:
-        touch(16)
+    with touched(128):
+        pass
+    with peak_memory() as peak, touched(16):
+        pass
     assert peak.increase <= 40 * MIB
 
 
 def test_an_inner_measurement_does_not_hide_the_outer_peak():
     linux_only()
     with peak_memory() as outer:
-        block = touch(96)
-        del block
-        with peak_memory() as inner:
-            touch(16)
+        with touched(96):
+            pass
+        with peak_memory() as inner, touched(16):
+            pass
     assert outer.increase >= 90 * MIB
     assert inner.increase <= 40 * MIB
 
 
 def test_sampling_takes_over_where_the_kernel_keeps_no_mark(monkeypatch):
     monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
-    with peak_memory(interval=0.001) as peak:
-        block = touch(64)
+    with peak_memory(interval=0.001) as peak, touched(64):
         time.sleep(0.2)
-        del block
     assert not peak.exact
     assert peak.increase >= 60 * MIB
 
