@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.attention.budget_solver import RULES, budget_for, granularity, rule_of
+from gossamer.attention.budget_solver import ALL_RULES, budget_for, granularity, rule_of
 from gossamer.errors import ConfigurationError, SparsityError, UnknownNameError
 
 LENGTH = 512
@@ -25,14 +25,16 @@ def realised(model, method, ids, phase):
 
 @pytest.mark.parametrize(
     ("name", "sparsity"),
-    [(name, sparsity) for name in RULES for sparsity in (0.5, 0.9) if name != "flex-prefill"] + [("flex-prefill", 0.8)],
+    [(name, sparsity) for name in ALL_RULES for sparsity in (0.5, 0.9) if name != "flex-prefill"]
+    + [("flex-prefill", 0.8)],
 )
 def test_realised_sparsity_is_within_two_percent(name, sparsity, tiny_llama, prompts):
-    method = budget_for(name, LENGTH, sparsity, tiny_llama, [prompts])
+    options = {"dense_layers": (0,) if sparsity == 0.5 else ()} if name == "double-sparsity" else {}
+    method = budget_for(name, LENGTH, sparsity, tiny_llama, [prompts], **options)
     assert realised(tiny_llama, method, prompts, rule_of(name).phase) == pytest.approx(sparsity, abs=0.02)
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", list(ALL_RULES))
 def test_no_sparsity_is_dense(name, tiny_llama, prompts):
     ids = prompts[:1, :128]
     method = budget_for(name, 128, 0.0, tiny_llama, [ids])
@@ -62,9 +64,15 @@ def test_unreachable_sparsities_are_refused_with_what_can_be_reached():
         budget_for("vertical-slash", 512, 0.99, local=64)
 
 
-def test_adaptive_methods_need_a_model_and_data():
+def test_layers_that_stay_dense_count(tiny_llama, prompts):
+    with pytest.raises(SparsityError, match=r"double-sparsity at 512 tokens comes no nearer to sparsity 0.5 than 0.33"):
+        budget_for("double-sparsity", LENGTH, 0.5, tiny_llama, [prompts])  # two of three layers stay dense
+
+
+@pytest.mark.parametrize("name", ["flex-prefill", "xattention", "double-sparsity"])
+def test_adaptive_methods_need_a_model_and_data(name):
     with pytest.raises(ConfigurationError, match="depends on the text"):
-        budget_for("flex-prefill", 512, 0.5)
+        budget_for(name, 512, 0.5)
 
 
 def test_unknown_methods_and_lengths_are_refused():

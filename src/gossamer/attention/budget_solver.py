@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from gossamer.attention.ada_snap_kv import AdaSnapKV
 from gossamer.attention.base import SparseAttention
 from gossamer.attention.block_sparse import FORCED, SMALLEST_CHUNK, BlockSparse
+from gossamer.attention.double_sparsity import DoubleSparsity
 from gossamer.attention.flex_prefill import FlexPrefill
 from gossamer.attention.quest import Quest
 from gossamer.attention.snap_kv import SnapKV
 from gossamer.attention.vertical_slash import VerticalSlash
+from gossamer.attention.xattention import XAttention
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import ConfigurationError, SparsityError, UnknownNameError, check_sparsity
 from gossamer.measure.windows import evaluation_mode
@@ -43,13 +45,18 @@ class Rule:
         What it makes sparse.
     solve
         ``solve(length, sparsity, options)`` gives the method.
-    adaptive
-        Whether the sparsity depends on the text, so that a model and data are needed to find the parameters.
+    fit
+        ``fit(model, data, length, sparsity, options)`` does, where a text must be looked at; then `solve` is not asked.
     """
 
     phase: Phase
-    solve: Callable[[int, float, Mapping[str, Any]], SparseAttention]
-    adaptive: bool = False
+    solve: Callable[[int, float, Mapping[str, Any]], SparseAttention] | None = None
+    fit: Callable[[nn.Module, list[Tensor], int, float, Mapping[str, Any]], SparseAttention] | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a model and data are needed to find the parameters."""
+        return self.fit is not None
 
 
 def budget_for(
@@ -68,14 +75,15 @@ def budget_for(
     Parameters
     ----------
     method
-        ``vertical-slash``, ``block-sparse``, ``flex-prefill``, ``quest``, ``snap-kv`` or ``ada-snap-kv``.
+        A name in :data:`ALL_RULES`.
     length
         Tokens of the prompt.
     sparsity
         Share of the pairs to leave out, in [0, 1).
     model, data
-        Where the sparsity depends on the text, as with ``flex-prefill``: a Hugging Face model and batches of token ids
-        like those to come. The parameter is searched for by bisection.
+        Where the sparsity depends on the text, as with ``flex-prefill`` and ``xattention``, whose parameter is searched
+        for by bisection, and where a method is calibrated, as is ``double-sparsity``: a Hugging Face model and batches
+        of token ids like those to come.
     **options
         Other hyper-parameters of the method.
 
@@ -102,13 +110,14 @@ def budget_for(
     check_sparsity(sparsity)
     if length < 16:
         raise ConfigurationError(f"length is {length}; there is nothing to leave out below 16 tokens")
-    if not rule.adaptive:
+    if rule.fit is None:
+        assert rule.solve is not None
         return rule.solve(length, float(sparsity), options)
     if model is None or data is None:
         raise ConfigurationError(
-            f"how much {method} leaves out depends on the text; give a model and data to find its parameter with"
+            f"what {method} leaves out depends on the text; give a model and data to find its parameters with"
         )
-    return _searched(rule, model, list(data), length, float(sparsity), options)
+    return rule.fit(model, list(data), length, float(sparsity), options)
 
 
 def rule_of(method: str) -> Rule:
@@ -119,9 +128,9 @@ def rule_of(method: str) -> Rule:
     UnknownNameError
         If there is no such method.
     """
-    if method not in RULES:
-        raise UnknownNameError("attention method with a budget", method, RULES)
-    return RULES[method]
+    if method not in ALL_RULES:
+        raise UnknownNameError("attention method with a budget", method, ALL_RULES)
+    return ALL_RULES[method]
 
 
 def granularity(length: int, largest: int, smallest: int = 1, share: int = 64) -> int:
@@ -213,29 +222,54 @@ def _flex_prefill(length: int, alpha: float, options: Mapping[str, Any]) -> Spar
     return FlexPrefill(**{**defaults, **options, "alpha": alpha})
 
 
-def _searched(
-    rule: Rule, model: nn.Module, data: list[Tensor], length: int, sparsity: float, options: Mapping[str, Any]
+def _xattention(length: int, threshold: float, options: Mapping[str, Any]) -> SparseAttention:
+    block = options.get("block_size", granularity(length, 128))
+    defaults = {"block_size": block, "stride": min(8, max(1, block // 4))}
+    return XAttention(**{**defaults, **options, "threshold": threshold})
+
+
+def _double_sparsity(
+    model: nn.Module, data: list[Tensor], length: int, sparsity: float, options: Mapping[str, Any]
 ) -> SparseAttention:
-    """Bisection on the share of attention, by what the model really computes."""
-    if sparsity == 0:
-        return rule.solve(length, 1.0, options)
-    low, high = 0.0, 1.0
-    best, gap = rule.solve(length, 1.0, options), sparsity
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        method = rule.solve(length, middle, options)
-        found = 1 - realised_density(model, method, data, rule.phase)
-        if abs(found - sparsity) < gap:
-            best, gap = method, abs(found - sparsity)
-        if gap < TOLERANCE / 8:
-            break
-        low, high = (middle, high) if found > sparsity else (low, middle)
-    if gap > TOLERANCE:
-        raise SparsityError(
-            f"no parameter of {type(best).__name__} comes within {TOLERANCE} of sparsity {sparsity} at {length} tokens "
-            f"on this data; the nearest misses by {gap:.3f}"
-        )
-    return best
+    method = DoubleSparsity(**options)
+    layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
+    dense = sum(layer < layers for layer in set(method.dense_layers)) / layers
+    # the layers that stay dense are made up for by the others
+    tokens = 1.0 if dense == 1 else min(1.0, (1 - sparsity - dense) / (1 - dense))
+    method.tokens = 1.0 if sparsity == 0 else max(1, round(tokens * length))
+    reached = 0.0 if sparsity == 0 else (1 - dense) * (1 - int(method.tokens) / length)
+    _within("double-sparsity", method, reached, sparsity, length)
+    method.calibrate(model, data, progress=False)
+    return method
+
+
+def _searched(solve: Callable[[int, float, Mapping[str, Any]], SparseAttention], phase: Phase) -> Callable[..., Any]:
+    """Bisection on the share of attention that `solve` takes, by what the model really computes."""
+
+    def fit(
+        model: nn.Module, data: list[Tensor], length: int, sparsity: float, options: Mapping[str, Any]
+    ) -> SparseAttention:
+        if sparsity == 0:
+            return solve(length, 1.0, options)
+        low, high = 0.0, 1.0
+        best, gap = solve(length, 1.0, options), sparsity
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            method = solve(length, middle, options)
+            found = 1 - realised_density(model, method, data, phase)
+            if abs(found - sparsity) < gap:
+                best, gap = method, abs(found - sparsity)
+            if gap < TOLERANCE / 8:
+                break
+            low, high = (middle, high) if found > sparsity else (low, middle)
+        if gap > TOLERANCE:
+            raise SparsityError(
+                f"no parameter of {type(best).__name__} comes within {TOLERANCE} of sparsity {sparsity} at {length} "
+                f"tokens on this data; the nearest misses by {gap:.3f}"
+            )
+        return best
+
+    return fit
 
 
 def realised_density(model: nn.Module, method: SparseAttention, data: Iterable[Tensor], phase: Phase) -> float:
@@ -261,9 +295,16 @@ def _within(name: str, method: SparseAttention, reached: float, sparsity: float,
 RULES: dict[str, Rule] = {
     "vertical-slash": Rule("prefill", _vertical_slash),
     "block-sparse": Rule("prefill", _block_sparse),
-    "flex-prefill": Rule("prefill", _flex_prefill, adaptive=True),
+    "flex-prefill": Rule("prefill", fit=_searched(_flex_prefill, "prefill")),
     "quest": Rule("decode", _quest),
     "snap-kv": Rule("decode", _eviction(SnapKV, "snap-kv")),
     "ada-snap-kv": Rule("decode", _eviction(AdaSnapKV, "ada-snap-kv")),
+}
+"""Methods that Nawrot et al. [2025, arXiv 2504.17768] compare."""
+
+ALL_RULES: dict[str, Rule] = {
+    **RULES,
+    "xattention": Rule("prefill", fit=_searched(_xattention, "prefill")),
+    "double-sparsity": Rule("decode", fit=_double_sparsity),
 }
 """Methods that :func:`budget_for` knows."""

@@ -145,6 +145,10 @@ class DoubleSparsity(SparseAttention):
         indices = torch.cat([best, newest.expand(*best.shape[:2], 1)], -1)
         return TokenSelection(indices) if call.key_mask is None else real_first(indices, call.key_mask)
 
+    def selection_flops(self, length: int, heads: int, size: int) -> float:
+        """Operations of one layer that go into choosing, for one token after a context of `length`."""
+        return 2.0 * length * channel_count(self.channels, size) * heads
+
     def _labels(self, call: AttentionCall, order: Tensor) -> Tensor:
         layer = label_layer(self.cache, call.layer)
         if layer is not None and layer.get_seq_length() == call.key.shape[2]:

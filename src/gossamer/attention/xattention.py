@@ -103,6 +103,10 @@ class XAttention(SparseAttention):
             return None
         return self.select(self.score(call), call)
 
+    def selection_flops(self, length: int, heads: int, size: int) -> float:
+        """Operations of one layer that go into choosing, for a prompt of `length` tokens."""
+        return 2.0 * length**2 / self.stride * size * heads
+
     def calibrate(
         self, model: nn.Module, data: Iterable[Batch], coverage: float = 0.9, progress: bool = True
     ) -> HeadThresholds:

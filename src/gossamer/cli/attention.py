@@ -32,12 +32,12 @@ def attention_eval(
     as_json: AsJson = False,
 ) -> None:
     """Sparse attention on tasks of long context: accuracy at equal sparsity, by method, length and phase."""
-    from gossamer.attention.budget_solver import RULES
+    from gossamer.attention.budget_solver import ALL_RULES
     from gossamer.report.attention_job import evaluate_attention
 
     found = evaluate_attention(
         model,
-        tuple(RULES) if methods is None else words_of(methods),
+        tuple(ALL_RULES) if methods is None else words_of(methods),
         numbers_of(sparsities, float, "sparsities"),
         numbers_of(lengths, int, "lengths"),
         words_of(tasks),

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from gossamer.attention.budget_solver import RULES, rule_of
+from gossamer.attention.budget_solver import ALL_RULES, rule_of
 from gossamer.attention.evaluation import chosen_tasks, contender
 from gossamer.errors import ConfigurationError, OutputError
 from gossamer.measure.long_context import (
@@ -115,7 +115,7 @@ class AttentionEvaluation:
 
 def evaluate_attention(
     model: str,
-    methods: Sequence[str] = tuple(RULES),
+    methods: Sequence[str] = tuple(ALL_RULES),
     sparsities: Sequence[float] = (0.5, 0.75, 0.9),
     lengths: Sequence[int] = (1024,),
     tasks: Sequence[str] = ("needle", "variable-tracking", "common-words", "story-retrieval"),
