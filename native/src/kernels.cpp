@@ -137,6 +137,9 @@ void dense_rows(const DenseRows& matrix, std::int64_t first, std::int64_t last, 
   }
 }
 
+#if defined(__AVX512F__)
+#include "dense_tiles.hpp"
+#endif
 #include "dots.hpp"
 #include "groups.hpp"
 #include "convolution.hpp"
@@ -195,6 +198,27 @@ struct DenseOf {
     }
   }
 };
+
+// Several vectors share what is read, where there are registers for it.
+void dense_product(const DenseRows& m, std::int64_t first, std::int64_t last, const Inputs& inputs, const Outputs& outputs) {
+  int done = 0;
+#if defined(__AVX512F__)
+  while (!m.scales && m.columns && inputs.count - done >= kTileVectors) {
+    const int left = inputs.count - done, taken = left < kTileMost ? left : kTileMost;
+    const Inputs some{inputs.data + done * inputs.stride, inputs.stride, taken};
+    const Outputs there{outputs.data + done * outputs.stride, outputs.stride};
+    switch (m.value) {
+      case Value::float32: dense_tiles<Float32>(m, first, last, some, there); break;
+      case Value::bfloat16: dense_tiles<BFloat16>(m, first, last, some, there); break;
+      case Value::float16: dense_tiles<Float16>(m, first, last, some, there); break;
+      default: return in_batches<DenseOf, DenseRows>(m, first, last, inputs, outputs);
+    }
+    done += taken;
+  }
+#endif
+  in_batches<DenseOf, DenseRows>(m, first, last, {inputs.data + done * inputs.stride, inputs.stride, inputs.count - done},
+                                 {outputs.data + done * outputs.stride, outputs.stride});
+}
 
 template <int Count>
 struct GroupsOf {
@@ -255,10 +279,12 @@ void narrow_bfloat16(const float* source, std::uint16_t* target, std::int64_t co
   }
 }
 
+#include "histogram.hpp"
+
 }  // namespace
 
 const Kernels& table() {
-  static const Kernels kernels = {in_batches<BitmaskOf, BitmaskRows>, in_batches<DenseOf, DenseRows>,
+  static const Kernels kernels = {in_batches<BitmaskOf, BitmaskRows>, dense_product,
                                   in_batches<GroupsOf, GroupRows>,    expand_bitmask,
                                   expand_group_rows,                  convolution,
                                   gather,                             convolution_bytes,
@@ -272,7 +298,8 @@ const Kernels& table() {
                                   block_table(),
                                   pattern_table(),
                                   channel_table(),
-                                  integer_table()};
+                                  integer_table(),
+                                  count_magnitudes};
   return kernels;
 }
 

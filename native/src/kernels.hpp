@@ -10,6 +10,7 @@
 #include "bands.hpp"
 #include "channels.hpp"
 #include "integer_rows.hpp"
+#include "magnitudes.hpp"
 #include "patterns.hpp"
 #include "sparse_rows.hpp"
 #include "steps.hpp"
@@ -96,6 +97,8 @@ struct Kernels {
   PatternKernels patterns;
   ChannelKernels channels;
   IntegerKernels integers;
+  // adds to kBinLanes sets of kBins counters; returns where
+  BinRange (*count_magnitudes)(const MagnitudeRows&, std::int64_t first, std::int64_t last, std::uint32_t* counts);  // rows
 };
 
 namespace plain {

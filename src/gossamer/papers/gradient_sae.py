@@ -46,7 +46,7 @@ QUICK: dict[str, Any] = {
     "source": {"documents": 256, "held_out": 24},
     "ks": [8, 32],
     "beta": 1.0,
-    "sparsity": 0.02,
+    "penalties": [0.001, 0.003, 0.01],
     "real_training": {
         "features": 1024,
         "steps": 150,
@@ -97,9 +97,10 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
             lambda d, f, s, k=k: SAE(d, f, GradientTopK(k, beta), s)  # type: ignore[misc]
         )
         entries[f"{MUTUAL}, k={k}"] = contender(MUTUAL, k, plan["steps"], plan["features"])
-    entries[ATTRIBUTION] = Contender(
-        lambda d, f, s: SAE(d, f, ReLU(), s), {"sparsity": settings["sparsity"], "attribution": True}
-    )
+    for penalty in settings["penalties"]:
+        entries[f"{ATTRIBUTION}, {penalty}"] = Contender(
+            lambda d, f, s: SAE(d, f, ReLU(), s), {"sparsity": penalty, "attribution": True}
+        )
     learners, marks = compared(features, entries, plan, seed, gradients=True)
     told = {name: learner.sae for name, learner in learners.items() if name.startswith(GRADIENT)}
     texts, skip = features.held_out_documents[: plan["documents"]], features.training.facts.skipped
