@@ -2,16 +2,18 @@
 
     python -m benchmarks.attention_methods --json FILE --picture docs/attention-time.png
 
+Phases and lengths can be measured one after the other with ``--merge``; the picture shows all rows of the file.
+
 The demo language model reads real text with dense attention and with each method, choice included, at nine tenths of
-the attention left out (XAttention decides by its threshold, Double Sparsity reads a sixteenth of the tokens, both as
-published). Prompts are timed as a whole model, all layers and products included; decoding is timed behind them, a few
-tokens at a time. Methods take turns.
+the attention left out; of a method that cannot leave out as much at a length this is told. Prompts are timed as a
+whole model, all layers and products included; decoding is timed behind them, a few tokens at a time. All take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,15 +30,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from gossamer.attention.base import Installed, SparseAttention
-from gossamer.attention.budget_solver import RULES, budget_for
+from gossamer.attention.budget_solver import ALL_RULES, budget_for
 from gossamer.attention.double_sparsity import DoubleSparsity
-from gossamer.attention.xattention import XAttention
 from gossamer.core.progress import track
+from gossamer.errors import SparsityError
 from gossamer.measure import Timing, describe_machine, ratio
 from gossamer.models import calibration_batches, load, read_text
 from gossamer.storage.atomic import atomic_file, write_json
 
 SPARSITY, TOKENS = 0.9, 8  # left out; decoded in a round
+CALIBRATED = 4096  # tokens of the longest text by which parameters are found
 DENSE, PHASES = "dense", ("prefill", "decode")
 
 
@@ -57,19 +60,18 @@ class Cell:
 
 
 Cells = dict[str, Cell]
+Row = dict[str, Any]
 
 
 def contenders(model: nn.Module, windows: Sequence[Tensor], length: int, phase: str) -> dict[str, Any]:
     """Methods of a phase, ready for prompts of a length; None is dense."""
     found: dict[str, SparseAttention | None] = {DENSE: None}
-    for name, rule in RULES.items():
+    for name, rule in ALL_RULES.items():
         if rule.phase == phase:
-            found[name] = budget_for(name, length, SPARSITY, model, windows[:1] if rule.adaptive else None)
-    if phase == "prefill":
-        found["xattention"] = XAttention(threshold=0.9, block_size=64)
-    else:
-        found["double-sparsity"] = DoubleSparsity()
-        found["double-sparsity"].calibrate(model, windows, progress=False)
+            try:
+                found[name] = budget_for(name, length, SPARSITY, model, windows if rule.adaptive else None)
+            except SparsityError as error:
+                print(error)
     return found
 
 
@@ -103,7 +105,7 @@ def timed(method: SparseAttention | None, model: nn.Module, ids: Tensor, phase: 
 def measure(model: nn.Module, text: Callable[[int], list[Tensor]], length: int, phase: str, rounds: int) -> Cells:
     """All methods of a phase at a length, in turns; the first round does not count."""
     prompt = text(length)[0]
-    methods = contenders(model, text(min(length, 1024)), length, phase)
+    methods = contenders(model, text(min(length, CALIBRATED))[:1], length, phase)
     cells = {name: Cell([]) for name in methods}
     for turn in range(rounds + 1):
         for name in list(methods) if turn % 2 else list(methods)[::-1]:
@@ -113,29 +115,30 @@ def measure(model: nn.Module, text: Callable[[int], list[Tensor]], length: int, 
     return cells
 
 
-def draw(found: dict[str, dict[int, Cells]], title: str, path: Path) -> None:
+def draw(listed: list[Row], title: str, path: Path) -> None:
     """Time against length, a picture for each phase, both axes logarithmic."""
     figure = Figure(figsize=(12.0, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     labels = {"prefill": "time of a prompt, seconds", "decode": "time of a decoded token, seconds"}
     for axes, phase in zip(figure.subplots(1, len(PHASES)), PHASES):
-        lengths = list(found[phase])
-        for index, name in enumerate(found[phase][lengths[0]]):
-            values = [Timing.of(found[phase][length][name].times).median for length in lengths]
+        part = sorted((row for row in listed if row["phase"] == phase), key=lambda row: row["length"])
+        for index, name in enumerate(dict.fromkeys(row["method"] for row in part)):
+            x, y = zip(*((row["length"], row["seconds"]) for row in part if row["method"] == name))
             style: dict[str, Any] = {"color": "#444444", "linestyle": "--"} if name == DENSE else {}
-            axes.plot(lengths, values, marker="os^Dv"[index % 5], label=name, **style)
+            axes.plot(x, y, marker="os^Dv"[index % 5], label=name, **style)
         axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=labels[phase], title=phase)
+        lengths = sorted({row["length"] for row in part})
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left")
-    with atomic_file(path) as part:
-        figure.savefig(part, format="png", dpi=130)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
-def rows(found: dict[str, dict[int, Cells]]) -> list[dict[str, Any]]:
+def rows(found: dict[str, dict[int, Cells]]) -> list[Row]:
     """Plain values: medians, and how many times as fast as dense with quartiles over the rounds."""
     listed = []
     for phase, by_length in found.items():
@@ -154,34 +157,53 @@ def main() -> None:
     """Measure, print, store and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--lengths", default="1024,2048,4096,8064", help="of prompts; decoding leaves out the longest")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--lengths", default="1024,2048,4096,8064", help="of prompts, in tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--merge", action="store_true", help="keep the rows of the file that are not measured anew")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
-    lengths = [int(part) for part in arguments.lengths.split(",")]
+    lengths = [int(part) for part in arguments.lengths.split(",") if part]
+    phases = [part for part in arguments.phases.split(",") if part]
     loaded = load(arguments.model, dtype="float32")
     book = read_text("moby-dick")
 
     def text(length: int) -> list[Tensor]:
         return calibration_batches(book, loaded.tokenizer, 2, length)
 
-    found: dict[str, dict[int, Cells]] = {phase: {} for phase in PHASES}
-    cases = [(phase, length) for phase in PHASES for length in (lengths if phase == "prefill" else lengths[:-1])]
-    for phase, length in track(cases, "methods"):
+    found: dict[str, dict[int, Cells]] = {phase: {} for phase in phases}
+    for phase, length in track([(phase, length) for phase in phases for length in lengths], "methods"):
         found[phase][length] = measure(loaded.model, text, length, phase, arguments.rounds)
     listed = rows(found)
+    show(listed)
+    if arguments.merge and arguments.json.exists():
+        listed = merged(json.loads(arguments.json.read_text())["rows"], listed)
+    if arguments.json:
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        write_json(arguments.json, {"date": today, "machine": describe_machine(), "rows": listed})
+    if arguments.picture:
+        draw(listed, f"{arguments.model}: whole model, {torch.get_num_threads()} threads, float32", arguments.picture)
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Old rows of other phases, lengths and methods, and the new ones."""
+
+    def place(row: Row) -> tuple[str, int, str]:
+        return row["phase"], row["length"], row["method"]
+
+    fresh = {place(row) for row in new}
+    return [row for row in old if place(row) not in fresh] + new
+
+
+def show(listed: list[Row]) -> None:
+    """Print the rows as a table."""
     table = Table("phase", "tokens", "method", "seconds", "computed", "times as fast as dense")
     for row in listed:
         spread = f"{row['times as fast']:.2f} ({row['low']:.2f} … {row['high']:.2f})"
         cells = (row["phase"], f"{row['length']:,}", row["method"], f"{row['seconds']:.4g}", f"{row['density']:.1%}")
         table.add_row(*cells, spread)
     Console().print(table)
-    if arguments.json:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        write_json(arguments.json, {"date": today, "machine": describe_machine(), "rows": listed})
-    if arguments.picture:
-        draw(found, f"{arguments.model}: whole model, {torch.get_num_threads()} threads, float32", arguments.picture)
 
 
 if __name__ == "__main__":
