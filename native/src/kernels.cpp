@@ -199,20 +199,27 @@ struct DenseOf {
   }
 };
 
-// Several vectors share what is read, where there are registers for it.
+#if defined(__AVX512F__)
+// Returns the first row that is left over.
+std::int64_t tiles_of_any(const DenseRows& m, std::int64_t first, std::int64_t last, const Inputs& inputs, const Outputs& outputs) {
+  if (m.scales || !m.columns) return first;
+  switch (m.value) {
+    case Value::float32: return dense_tiles<Float32>(m, first, last, inputs, outputs);
+    case Value::bfloat16: return dense_tiles<BFloat16>(m, first, last, inputs, outputs);
+    case Value::float16: return dense_tiles<Float16>(m, first, last, inputs, outputs);
+    default: return first;
+  }
+}
+#endif
+
 void dense_product(const DenseRows& m, std::int64_t first, std::int64_t last, const Inputs& inputs, const Outputs& outputs) {
   int done = 0;
 #if defined(__AVX512F__)
-  while (!m.scales && m.columns && inputs.count - done >= kTileVectors) {
+  while (inputs.count - done >= kBatch) {
     const int left = inputs.count - done, taken = left < kTileMost ? left : kTileMost;
     const Inputs some{inputs.data + done * inputs.stride, inputs.stride, taken};
     const Outputs there{outputs.data + done * outputs.stride, outputs.stride};
-    switch (m.value) {
-      case Value::float32: dense_tiles<Float32>(m, first, last, some, there); break;
-      case Value::bfloat16: dense_tiles<BFloat16>(m, first, last, some, there); break;
-      case Value::float16: dense_tiles<Float16>(m, first, last, some, there); break;
-      default: return in_batches<DenseOf, DenseRows>(m, first, last, inputs, outputs);
-    }
+    in_batches<DenseOf, DenseRows>(m, tiles_of_any(m, first, last, some, there), last, some, there);
     done += taken;
   }
 #endif

@@ -57,6 +57,20 @@ def test_it_is_on_inside_of_the_context_only_and_leaves_no_trace(kind, tiny_llam
     assert all(torch.equal(value, before[name]) for name, value in tiny_llama.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["griffin", "cats"])
+def test_it_works_inside_of_inference_mode(kind, tiny_llama):
+    found = []
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            sparse = ContextualSparse(tiny_llama, kind)
+            with sparse.observing():
+                tiny_llama(PROMPT)
+            with sparse.active():
+                found.append(tiny_llama(PROMPT).logits)
+            sparse.remove()
+    assert torch.equal(*found)
+
+
 @torch.no_grad()
 def test_keeping_all_is_dense(tiny_llama):
     dense = tiny_llama(PROMPT).logits

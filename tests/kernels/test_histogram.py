@@ -56,6 +56,16 @@ def test_many_numbers_are_counted_by_several_threads(face):
     assert all(torch.equal(counts, torch.bincount(bins.flatten(), minlength=BINS)) for counts in found)
 
 
+def test_every_range_of_bins_is_handed_over(face):
+    """Counters are looked at between the smallest and the largest bin of a call, and must be empty afterwards."""
+    counts, seen = torch.zeros(BINS, dtype=torch.int64), []
+    for exponents in ((0, 1), (-140, -120), (100, 127), (-149, 127), (3, 3)):
+        x = 2.0 ** torch.linspace(*exponents, 301, dtype=torch.float64).float()[None]
+        seen.append(x)
+        magnitude_histogram(x, None, counts)
+        assert torch.equal(counts, expected(torch.cat(seen), None))
+
+
 def test_numbers_may_lie_anywhere_in_memory(face):
     whole = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
     for view in (whole[::3, 5:41], whole.t(), whole[:, ::2]):

@@ -13,6 +13,7 @@ from gossamer.errors import CheckpointError, ConfigurationError, NonFiniteError
 from gossamer.kernels import bitmask, dense
 from gossamer.kernels.bitmask import BitmaskMatrix
 from gossamer.kernels.dense import DenseMatrix
+from gossamer.kernels.native import instruction_sets, using
 
 SHAPES = [(1, 1), (3, 70), (17, 64), (65, 200), (40, 577), (0, 5), (9, 16)]
 KINDS = [(BitmaskMatrix, f) for f in bitmask.FORMATS] + [(DenseMatrix, f) for f in dense.FORMATS]
@@ -88,6 +89,18 @@ def test_threads_change_no_bit(kind, format, face):
         one, two, seven = (matrix.linear(x, threads=threads) for threads in (1, 2, 7))
         assert torch.equal(one, two)
         assert torch.equal(one, seven)
+
+
+@pytest.mark.parametrize("columns", [5, 16, 47, 576, 1024, 1600, 2085])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_several_vectors_give_the_very_results_of_one_after_the_other(isa, format, columns):
+    matrix = DenseMatrix.from_dense(weight((23, columns), density=1.0), format)
+    x = torch.randn(23, columns, generator=torch.Generator().manual_seed(0))
+    with using(isa):
+        one = torch.stack([matrix.linear(row, threads=1) for row in x])
+        for count in (2, 3, 4, 5, 8, 15, 23):
+            assert torch.equal(matrix.linear(x[:count], threads=1), one[:count])
 
 
 @pytest.mark.parametrize(("kind", "format"), KINDS)

@@ -167,6 +167,15 @@ def test_the_search_leaves_model_mode_hooks_and_generator_as_they_were():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_the_search_works_in_inference_mode_and_refuses_a_model_that_was_made_in_it():
+    model = build("llama", **CASES["llama"][0])
+    with torch.inference_mode():
+        assert [f.name for f in find_feed_forwards(model)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        made_inside = build("llama", **CASES["llama"][0])
+    with pytest.raises(ModelError, match=r"load the model outside"):
+        find_feed_forwards(made_inside)
+
+
 def test_globs_choose_and_a_glob_without_a_match_names_what_there_is():
     model = build("llama", **CASES["llama"][0])
     found = find_feed_forwards(model)

@@ -37,6 +37,8 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     ------
     TargetError
         If there is none.
+    ModelError
+        If the search fails because the model was made inside of ``torch.inference_mode()``.
     """
     linear = {
         id(t.module): t
@@ -51,6 +53,7 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
         own = down.module_name if name in found else name
         found[own] = FeedForward(own, module, block, inputs, down)
     if not found:
+        _check_gradients(model)
         raise TargetError(
             f"no feed-forward layer in {type(model).__name__}: none of its {len(linear)} linear layers form a pair "
             f"d→m→d with independent channels in the middle; prune weights instead, for instance with 'wanda'"
@@ -94,6 +97,15 @@ def _check_untied(model: nn.Module, found: Sequence[FeedForward]) -> None:
                     f"{target.name} and {alias} are one tied parameter of two layers; channels cannot be taken out "
                     f"of one of them: exclude {target.module_name!r} and its twin"
                 )
+
+
+def _check_gradients(model: nn.Module) -> None:
+    name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if name is not None:
+        raise ModelError(
+            f"{name} was made inside of torch.inference_mode(), and no gradient goes through it, by which feed-forward "
+            f"layers are found; load the model outside of that mode"
+        )
 
 
 _Found = tuple[str, nn.Module, tuple[Target, ...], Target]
@@ -142,6 +154,7 @@ def _fits(widening: Target, down: Target) -> bool:
     return widening is not down and tuple(widening.shape) in ((m, d), (2 * m, d))
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def _observe_pairs(module: nn.Module, loose: list[Target]) -> list[tuple[tuple[int, ...], int]]:
     """Indices of the layers that widen and of the one that maps back, for each feed-forward layer in the container."""
