@@ -27,6 +27,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "chess and q, o": {"attention": "selective"},
     "chess and q, k, v, o": {"attention": "all"},
 }
+_PICTURED = ("cats", "chess and q, o")  # also at the sparsities of the other methods without training
 
 
 def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
@@ -35,7 +36,8 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     windows = contest.windows(settings["sequences"])
     points: dict[str, dict[str, float]] = {"dense": {"nll": contest.nll()}}
     for label, options in progress(list(_CASES.items()), "thresholds"):
-        points |= sweep(contest, Chess(**options), windows, settings["levels"], label)
+        further = settings["sparsities"] if label in _PICTURED else []
+        points |= sweep(contest, Chess(**options), windows, sorted({*settings["levels"], *further}), label)
     sample = contest.windows(settings["sequences"] + 1)[-1:]
     errors, correlation = gate_errors(contest.model, windows, sample)
     return {"points": points, "errors": errors, "correlation": correlation, "curves": activation_curves(points)}

@@ -14,7 +14,16 @@ from gossamer.activations.rules import ActivationRules
 from gossamer.activations.teal import Teal
 from gossamer.core.channel_rules import ChannelRule, TopK, column_norms
 from gossamer.core.randomness import generator_for
-from gossamer.papers.activation_contest import FULL, QUICK, activation_curves, judged, nll_gap, reported, sweep
+from gossamer.papers.activation_contest import (
+    FULL,
+    QUICK,
+    SPARSITIES,
+    activation_curves,
+    judged,
+    nll_gap,
+    reported,
+    sweep,
+)
 from gossamer.papers.experiment import Experiment, Observation, Track
 from gossamer.papers.one_shot_comparison import Contest
 from gossamer.papers.results import Outcome, Verdict
@@ -34,6 +43,7 @@ def run(settings: dict[str, Any], seed: int, progress: Track) -> Observation:
     points: dict[str, dict[str, float]] = {"dense": {"nll": contest.nll()}}
     points |= sweep(contest, Teal(), windows, settings["sparsities"], "teal")
     plan = [(s, alpha) for s in settings["sparsities"] for alpha in (1.0, *_INSIDE, 0.0)]
+    plan += [(s, _INSIDE[0]) for s in settings["pictured"] if s not in settings["sparsities"]]
     for sparsity, alpha in progress(plan, "divisions of the budget"):
         points[f"alpha {alpha} at {sparsity}"] = judged(contest, _rules(material, sparsity, alpha))
     searched = RSparse(sparsity=0.6, alpha="search", search=Evolution(**settings["search"], seed=seed))
@@ -130,7 +140,8 @@ def decide(observations: Sequence[Observation]) -> Verdict:
 
 
 _SEARCH = {"population": 8, "generations": 2, "sequences": 1}
-_QUICK = {**QUICK, "sparsities": [0.5, 0.6, 0.7], "search": _SEARCH, "search length": 256}
+_LEVELS = {"sparsities": [0.5, 0.6, 0.7], "pictured": list(SPARSITIES)}
+_QUICK = {**QUICK, **_LEVELS, "search": _SEARCH, "search length": 256}
 experiment = Experiment(
     slug="r-sparse",
     claim=(
@@ -150,7 +161,7 @@ experiment = Experiment(
         "quick": _QUICK,
         "full": {
             **FULL,
-            "sparsities": [0.5, 0.6, 0.7],
+            **_LEVELS,
             "search": {"population": 32, "generations": 5, "sequences": 4},
             "search length": 512,
         },
