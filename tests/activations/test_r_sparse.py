@@ -118,7 +118,28 @@ def test_a_searched_division_runs_end_to_end(tiny_llama, batches):
     assert set(rules.settings["alphas"]) == set(rules.inputs)
     other = method.at(0.5)
     assert other.settings["alphas"] == rules.settings["alphas"]
-    assert set(other.requested.values()) == {0.5}
+    assert set(other.settings["budget"].values()) == {0.5}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+def test_what_is_requested_is_the_share_of_channels_that_is_realised(tiny_llama, batches, alpha):
+    method = RSparse(sparsity=0.5, alpha=alpha, dense_prefill=0.0)
+    rules = method.calibrate(tiny_llama, batches, progress=False)
+    name = "model.layers.0.self_attn.q_proj"
+    assert rules.requested[name] == pytest.approx(1 - Split.of((48, 48), 0.5, alpha).channels / 48)
+    assert set(rules.settings["budget"].values()) == {0.5}
+    with method.active(tiny_llama) as installed, torch.no_grad():
+        for batch in batches:
+            tiny_llama(batch)
+    # later layers meet inputs that earlier ones have made sparse; the first meets those of the calibration
+    assert installed.realised[name] == pytest.approx(rules.requested[name], abs=0.01)
+
+
+def test_factors_hold_no_more_memory_than_their_own_numbers_take(tiny_llama, batches):
+    rules = RSparse(sparsity=0.5).calibrate(tiny_llama, batches, progress=False)
+    for factors in rules.low_rank.values():
+        held = sum(part.untyped_storage().nbytes() for part in (factors.left, factors.right))
+        assert held == 4 * factors.size
 
 
 def test_rules_and_their_settings_survive_a_file(tiny_llama, batches, tmp_path):

@@ -18,7 +18,7 @@ from gossamer.activations.base import (
 )
 from gossamer.activations.evolution import Evolution
 from gossamer.activations.rules import ActivationRules, LowRank
-from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, column_norms
+from gossamer.core.channel_rules import ChannelRule, Threshold, column_norms
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
 from gossamer.core.progress import track
 from gossamer.core.registry import register
@@ -141,9 +141,7 @@ class RSparse(ActivationSparsifier):
         else:
             alphas = dict.fromkeys(budget, float(self.alpha))
         self._alphas = alphas
-        self.rules_ = material.rules(alphas, budget)
-        self.rules_.settings = self.settings | {"alphas": alphas}
-        return self.rules_
+        return self._settled(alphas, budget)
 
     def at(self, sparsity: float) -> ActivationRules:
         """Rules for another sparsity, the same in all layers, with the α of the last calibration.
@@ -157,8 +155,13 @@ class RSparse(ActivationSparsifier):
         if not hasattr(self, "_alphas"):
             raise CalibrationError("another sparsity needs a calibration before; call calibrate(model, data) first")
         self.sparsity = sparsity
-        self.rules_ = self._material.rules(self._alphas, dict.fromkeys(self._alphas, sparsity))
-        self.rules_.settings = self.settings | {"alphas": self._alphas, "allocation": "uniform"}
+        rules = self._settled(self._alphas, dict.fromkeys(self._alphas, sparsity))
+        rules.settings["allocation"] = "uniform"
+        return rules
+
+    def _settled(self, alphas: dict[str, float], budget: dict[str, float]) -> ActivationRules:
+        self.rules_ = self._material.rules(alphas, budget)
+        self.rules_.settings = self.settings | self.rules_.settings
         return self.rules_
 
     def _searched(
@@ -211,24 +214,30 @@ class Material:
     def rules(
         self, alphas: Mapping[str, float], budget: Mapping[str, float], weighted: bool = False
     ) -> ActivationRules:
-        """Rules for a division of the budget of every layer; `weighted` scores by norm at α = 1 too."""
-        inputs, low_rank = {}, {}
+        """Rules for a division of the budget of every layer; `weighted` scores by norm at α = 1 too.
+
+        What is requested of a site is the share of its channels that K leaves out; `alphas` and `budget`, the share of
+        its weights that are not read, are in the settings.
+        """
+        inputs, requested, low_rank = {}, {}, {}
         for site in self.sites:
             alpha, sparsity = alphas[site.name], budget[site.name]
             m, n = site.target.shape
             split = Split.of((m, n), sparsity, alpha)
             histogram = self.plain[site.name] if alpha == 1 and not weighted else self.weighted[site.name]
-            selection: Selection = Threshold(math.inf)
-            if sparsity == 0:
-                selection = Everything()
-            elif split.channels:
-                selection = by_threshold(histogram, 1 - split.channels / n)
-            inputs[site.name] = ChannelRule(selection, histogram.scale)
+            dropped = 0.0 if sparsity == 0 else 1 - split.channels / n
+            selection = by_threshold(histogram, dropped) if dropped < 1 else Threshold(math.inf)
+            inputs[site.name], requested[site.name] = ChannelRule(selection, histogram.scale), dropped
             if split.rank and sparsity > 0:
-                left, right = self.factors[site.name]
-                dtype = site.target.parameter.dtype
-                low_rank[site.name] = LowRank(left[:, : split.rank].to(dtype), right[: split.rank].to(dtype))
-        return ActivationRules(inputs, requested=dict(budget), low_rank=low_rank)
+                low_rank[site.name] = self._low_rank(site, split.rank)
+        settings = {"alphas": dict(alphas), "budget": dict(budget)}
+        return ActivationRules(inputs, requested=requested, low_rank=low_rank, settings=settings)
+
+    def _low_rank(self, site: InputSite, rank: int) -> LowRank:
+        """The first singular vectors; a copy, for a view would hold all of them in memory."""
+        left, right = self.factors[site.name]
+        dtype = site.target.parameter.dtype
+        return LowRank(left[:, :rank].to(dtype, copy=True), right[:rank].to(dtype, copy=True))
 
 
 def singular_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
