@@ -352,6 +352,41 @@ def test_a_model_with_vision_drops_image_tokens():
     assert {0, 1, 18, 19, 20} <= set(generator.prompt.kept.tolist())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["drop", "cache"])
+def test_tokens_behind_an_image_have_the_positions_that_the_model_gives_them(schedule, picture_model, picture_prompt):
+    everything = CoreTokens(elbow=False, share=1.0)
+    method = CoreMatching(neurons=CoreNeurons(beta=1.0), tokens=everything, schedule=schedule)
+    generator = method.install(picture_model, 100)
+    text = generator.generate(**picture_prompt, **OPTIONS)
+    assert torch.equal(text, picture_model.generate(**picture_prompt, do_sample=False, **OPTIONS))
+    ids = picture_prompt["input_ids"]
+    inputs = {name: value for name, value in picture_prompt.items() if name not in ("input_ids", "attention_mask")}
+    read = generator.read(ids, ids[0] == 100, **inputs)
+    assert read.shift.flatten().tolist() == [-12] * 3  # 16 tokens of an image take 4 positions
+    cache = transformers.DynamicCache()
+    dense = picture_model(ids, past_key_values=cache, use_cache=True, **inputs)
+    torch.testing.assert_close(read.logits, dense.logits[0, -1])
+    more = torch.tensor([[9, 11]])
+    expected = picture_model(more, past_key_values=cache, use_cache=True).logits[0]
+    torch.testing.assert_close(generator.extend(read, more), expected)
+
+
+def test_padding_before_an_image_changes_nothing(picture_model, picture_prompt, padded_picture_prompt):
+    generator = CoreMatching(layer=0).install(picture_model, 100)
+    text = generator.generate(**picture_prompt, **OPTIONS)
+    kept = generator.prompt.kept
+    assert torch.equal(generator.generate(**padded_picture_prompt, **OPTIONS)[:, 5:], text)
+    assert torch.equal(generator.prompt.kept, kept)
+    assert len(kept) < 24
+
+
+def test_a_streamer_is_told_of_every_token(sharp, listener):
+    text = CoreMatching().install(sharp, IMAGE).generate(input_ids=PROMPT, streamer=listener, **OPTIONS)
+    assert listener.tokens == text[0].tolist()
+    assert listener.ended == 1
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 

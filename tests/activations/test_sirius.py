@@ -88,6 +88,50 @@ def test_speculative_decoding_gives_the_full_models_text(kind, settings, sharp):
     assert torch.equal(out.sequences, greedy(sharp))
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("kind", "width"), [("griffin", 1), ("griffin", 3), ("cats", 1), ("cats", 3)])
+def test_positions_behind_an_image_are_those_of_the_model(kind, width, padded, picture_model, request):
+    inputs = request.getfixturevalue("padded_picture_prompt" if padded else "picture_prompt")
+    plain = request.getfixturevalue("picture_prompt")
+    sparse = ContextualSparse(picture_model, kind)
+    text = SiriusGenerator(picture_model, sparse, 4, accept="exact", tree_width=width).generate(**inputs, **OPTIONS)
+    sparse.remove()
+    start = 5 if padded else 0
+    assert torch.equal(text.sequences[:, start:], picture_model.generate(**plain, do_sample=False, **OPTIONS))
+
+
+def test_a_second_turn_behind_an_image_keeps_its_positions(picture_model, picture_prompt):
+    cache = transformers.DynamicCache()
+    first = picture_model.generate(**picture_prompt, past_key_values=cache, do_sample=False, **OPTIONS)
+    ids = torch.cat([first, torch.tensor([[13, 17, 21]])], dim=1)
+    with torch.no_grad():
+        picture_model(ids[:, cache.get_seq_length() : -3], past_key_values=cache, use_cache=True)
+    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ours = copy.deepcopy(cache)
+    expected = picture_model.generate(**turn, past_key_values=cache, do_sample=False, **OPTIONS)
+    sparse = ContextualSparse(picture_model)
+    out = SiriusGenerator(picture_model, sparse, 4, accept="exact").generate(**turn, past_key_values=ours, **OPTIONS)
+    sparse.remove()
+    assert torch.equal(out.sequences, expected)
+
+
+def test_positions_that_do_not_count_tokens_are_refused_by_compiled_graphs(picture_model, picture_prompt):
+    sparse = ContextualSparse(picture_model)
+    corrected = SiriusGenerator(picture_model, sparse, 4, runtime="compile", backend="eager")
+    with pytest.raises(ConfigurationError, match="M-RoPE"):
+        corrected.generate(**picture_prompt, **OPTIONS)
+    sparse.remove()
+
+
+@pytest.mark.parametrize("stop", [None, 7])
+def test_a_streamer_is_told_of_every_token(stop, sharp, listener):
+    text = greedy(sharp)[0].tolist()
+    options = OPTIONS if stop is None else {**OPTIONS, "eos_token_id": text[-stop]}
+    out = generator(sharp, accept="exact").generate(input_ids=PROMPT, streamer=listener, **options)
+    assert listener.tokens == out.sequences[0].tolist()
+    assert listener.ended == 1
+
+
 def test_a_sparse_model_that_keeps_all_is_never_rolled_back(sharp):
     sparse = ContextualSparse(sharp, "cats", 1.0)
     out = SiriusGenerator(sharp, sparse, kernel_size=5, thr=0.0).generate(input_ids=PROMPT, **OPTIONS)

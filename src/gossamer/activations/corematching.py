@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.activations.core_sets import CoreNeurons, CoreTokens
-from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, real_tokens, run_generate
+from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, run_generate
+from gossamer.activations.text_positions import noting_positions, position_shift
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
 from gossamer.measure.windows import accepted, evaluation_mode
@@ -40,7 +41,7 @@ class CorePrompt:
     cache
         Keys and values of the tokens that stayed, and of those that came since.
     length
-        Tokens of the prompt; new ones go on from this position.
+        Tokens of the prompt; new ones go on from this position, moved by `shift`.
     kept
         Those that stayed, ``(n,)`` int64.
     own
@@ -51,6 +52,8 @@ class CorePrompt:
         A cut for each layer; empty if neurons are not pruned.
     added
         Tokens that came since.
+    shift
+        What positions differ from counts of tokens by, ``(…, 1, 1)``, where images take fewer of them; 0 elsewhere.
     """
 
     cache: Any
@@ -60,6 +63,7 @@ class CorePrompt:
     neurons: list[SlicedFeedForward] = field(repr=False)
     added: int = 0
     own: dict[int, Tensor] = field(default_factory=dict)
+    shift: Tensor | int = 0
 
 
 class CoreMatchingGenerator:
@@ -132,24 +136,25 @@ class CoreMatchingGenerator:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """The decoding loop, for ``model.generate(…, custom_generate=generator.loop)``."""
+        """The decoding loop, for ``model.generate(…, custom_generate=generator.loop)``, which hands no streamer on."""
         check_greedy(input_ids, generation_config, "CoreMatching")
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if rewritable(cache).get_seq_length():
             raise ConfigurationError("the cache holds tokens already; a prompt is thinned out from its beginning")
-        ids = real_tokens(input_ids, mask, 0)
+        inputs = prompt_inputs(input_ids, model_kwargs, 0)
         droppable = self.droppable(input_ids)
-        if ids.shape[1] < input_ids.shape[1]:
+        if inputs["input_ids"].shape[1] < input_ids.shape[1]:
             droppable = droppable[mask[0].bool().cpu()]  # type: ignore[index]
         max_length = getattr(generation_config, "max_length", None) or input_ids.shape[1] + 20
-        text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length)
-        self.prompt = self.read(ids, droppable, cache=cache, **prompt_inputs(model_kwargs))
+        text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length, streamer)
+        self.prompt = self.read(droppable=droppable, cache=cache, **inputs)
         logits = self.prompt.logits
         with self.sparse(self.prompt):
             while not text.append([token := int(text.scores(logits, []).argmax())]):
-                logits = self.extend(self.prompt, torch.tensor([[token]], device=ids.device))[-1]
+                logits = self.extend(self.prompt, torch.tensor([[token]], device=input_ids.device))[-1]
         return text.ids
 
     def droppable(self, input_ids: Tensor) -> Tensor:
@@ -201,23 +206,28 @@ class CoreMatchingGenerator:
         cache = rewritable(DynamicCache() if cache is None else cache)
         wanted = self.settings.prune_neurons if neurons is None else neurons
         chosen: dict[int, Tensor] = {}
-        with evaluation_mode(self.model), self._choosing(length, droppable, kept, chosen, wanted) as stays:
+        choosing = self._choosing(length, droppable, kept, chosen, wanted)
+        with evaluation_mode(self.model), noting_positions(self.model) as seen, choosing as stays:
             options = accepted(self.model, logits_to_keep=1)
             output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options, **model_inputs)
         cuts = [slice_gated_ffn(self.layers[i], index) for i, index in sorted(chosen.items())]
-        logits = output.logits[0, -1]
+        shift = position_shift(seen, length)
+        prompt = CorePrompt(cache, length, torch.arange(length), output.logits[0, -1], cuts)
+        prompt.shift = 0 if shift is None else shift
         if self.settings.schedule == "drop":
-            keep_positions(cache, stays[self.layer], slice(0, self.layer + 1))
-            return CorePrompt(cache, length, stays[self.layer], logits, cuts)
+            prompt.kept = stays[self.layer]
+            keep_positions(cache, prompt.kept, slice(0, self.layer + 1))
+            return prompt
+        prompt.own = dict(stays)
         for number, index in stays.items():
             keep_positions(cache, index, slice(number, number + 1))
-        return CorePrompt(cache, length, torch.arange(length), logits, cuts, own=dict(stays))
+        return prompt
 
     @torch.no_grad()
     def extend(self, prompt: CorePrompt, ids: Tensor) -> Tensor:
         """Read tokens ``(1, n)`` behind a prompt, at the positions they would have had; logits ``(n, vocabulary)``."""
         first = prompt.length + prompt.added
-        positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0) + prompt.shift
         with evaluation_mode(self.model), self._own_masks(prompt):
             logits = self.model(
                 input_ids=ids, past_key_values=prompt.cache, use_cache=True, position_ids=positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from gossamer.errors import ConfigurationError
 
-_OURS = frozenset(
-    {"use_cache", "logits_to_keep", "position_ids", "cache_position", "attention_mask", "past_key_values"}
-)
+_OURS = frozenset({"use_cache", "logits_to_keep", "cache_position", "attention_mask", "past_key_values"})
+_PER_TOKEN = frozenset({"position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"})
 
 
 class GreedyText:
@@ -28,10 +28,13 @@ class GreedyText:
         ``(ids, scores) → (1,)`` bool: whether the text ends with its last token.
     max_length
         Tokens that it may have, the prompt included.
+    streamer
+        Told of tokens as they are added, and of the end; None for nobody.
     """
 
-    def __init__(self, input_ids: Tensor, processors: Any, criteria: Any, max_length: int):
+    def __init__(self, input_ids: Tensor, processors: Any, criteria: Any, max_length: int, streamer: Any = None):
         self.ids = input_ids
+        self._streamer = streamer
         self.prompt = input_ids.shape[1]
         self.max_length = max_length
         self._processors = processors if processors is not None and len(processors) else None
@@ -79,12 +82,15 @@ class GreedyText:
 
     def append(self, tokens: list[int]) -> bool:
         """Add tokens, none behind one with which the text ends; returns whether it has ended."""
-        for count in range(1, len(tokens) + 1):
-            if self.ends(tokens[:count]):
-                self.ids = self.with_tokens(tokens[:count])
-                return True
-        self.ids = self.with_tokens(tokens)
-        return False
+        end = next((count for count in range(1, len(tokens) + 1) if self.ends(tokens[:count])), None)
+        before = self.ids.shape[1]
+        self.ids = self.with_tokens(tokens[:end])
+        if self._streamer is not None:
+            if tokens:
+                self._streamer.put(self.ids[0, before:].cpu())
+            if end is not None:
+                self._streamer.end()
+        return end is not None
 
 
 def check_greedy(input_ids: Tensor, settings: Any, what: str) -> None:
@@ -105,32 +111,43 @@ def check_greedy(input_ids: Tensor, settings: Any, what: str) -> None:
         )
 
 
-def real_tokens(input_ids: Tensor, mask: Tensor | None, past: int) -> Tensor:
-    """The tokens that the model has not read yet, ``(1, tokens)``, without padding.
+def prompt_inputs(input_ids: Tensor, model_inputs: Mapping[str, Any], past: int) -> dict[str, Any]:
+    """What goes into the first call: the tokens that the model has not read yet, without padding, and what they need.
+
+    That is their positions, which ``generate`` has prepared (an image may have fewer positions than tokens), types of
+    tokens, pixels and so on.
 
     Parameters
     ----------
     input_ids
         The prompt, ``(1, tokens)``.
-    mask
-        Zero at padding, ``(1, tokens)``; None if there is none.
+    model_inputs
+        What ``generate`` hands to a decoding loop.
     past
         Tokens in the cache already.
+
+    Raises
+    ------
+    ConfigurationError
+        For padding in front of which there is a cache.
     """
+    mask = model_inputs.get("attention_mask")
+    fresh: slice | Tensor = slice(past, None)
     if mask is not None and not bool(mask.all()):
         if past:
             raise ConfigurationError("a prompt with padding cannot go on from a cache; give it without padding")
-        return input_ids[:, mask[0].bool()]
-    return input_ids[:, past:]
-
-
-def prompt_inputs(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What besides tokens goes into the first call only, such as pixels."""
-    return {name: value for name, value in model_inputs.items() if name not in _OURS and value is not None}
+        fresh = mask[0].bool()
+    # what belongs to tokens may or may not have entries for those in the cache, but ends where they end
+    length = input_ids.shape[1]
+    found = {"input_ids": input_ids[:, fresh]}
+    for name, value in model_inputs.items():
+        if value is not None and name not in _OURS:
+            found[name] = value[..., -length:][..., fresh] if name in _PER_TOKEN else value
+    return found
 
 
 def run_generate(model: Any, loop: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor:
-    """Call transformers' ``generate`` with a decoding loop of our own.
+    """Call transformers' ``generate`` with a decoding loop of our own, which gets the streamer as well.
 
     Raises
     ------
@@ -139,4 +156,5 @@ def run_generate(model: Any, loop: Callable[..., Tensor], inputs: Mapping[str, A
     """
     if not hasattr(model, "generate"):
         raise ConfigurationError(f"{type(model).__name__} has no generate(); give a causal language model")
+    loop = functools.partial(loop, streamer=inputs.get("streamer"))
     return model.generate(**{"do_sample": False, **inputs}, custom_generate=loop)

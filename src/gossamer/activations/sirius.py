@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.activations.contextual import ContextualSparse, Kind
-from gossamer.activations.correction_runtimes import CompiledText, EagerText, NativeText, Runtime, Text
+from gossamer.activations.correction_runtimes import CompiledText, NativeText, Runtime, Text
 from gossamer.activations.correction_stats import SiriusStats, Window
 from gossamer.activations.draft_tree import DraftTree
-from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, real_tokens, run_generate
+from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, run_generate
+from gossamer.activations.text_positions import PlacedText, noting_positions, position_shift
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, check_sparsity
 from gossamer.measure.windows import accepted, evaluation_mode
@@ -132,7 +133,7 @@ class SiriusGenerator:
     def _runtime(self, runtime: Runtime, backend: Any) -> Text:
         if runtime == "compile":
             return CompiledText(self.model, self.sparse, self.kernel_size, backend)
-        return (NativeText if runtime == "native" else EagerText)(self.model, self.sparse)
+        return (NativeText if runtime == "native" else PlacedText)(self.model, self.sparse)
 
     def generate(self, **inputs: Any) -> SiriusOutput:
         """Continue a prompt.
@@ -165,28 +166,37 @@ class SiriusGenerator:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         generation_config: Any = None,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """The decoding loop, for ``model.generate(…, custom_generate=generator.loop)``; returns the sequences."""
+        """The decoding loop, for ``model.generate(…, custom_generate=generator.loop)``, which hands no streamer on."""
         check_greedy(input_ids, generation_config, "Sirius")
         cache = rewritable(model_kwargs.get("past_key_values"))
         max_length = getattr(generation_config, "max_length", None) or input_ids.shape[1] + 20
-        text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length)
+        text = GreedyText(input_ids, logits_processor, stopping_criteria, max_length, streamer)
         past = cache.get_seq_length()
-        fresh = real_tokens(input_ids, model_kwargs.get("attention_mask"), past)
-        more = prompt_inputs(model_kwargs)
+        inputs = prompt_inputs(input_ids, model_kwargs, past)
+        more = inputs.keys() - {"input_ids", "position_ids"}
         if more and isinstance(self._text, NativeText):
             raise ConfigurationError(f"runtime='native' reads tokens, and no {', '.join(more)}; use runtime='eager'")
         self.stats = SiriusStats(self.kernel_size, self.sparse.density)
         with evaluation_mode(self.model):
-            with self.sparse.observing():
-                logits = _prompt(model, fresh, cache, more)
-            self._text.begin(input_ids if past else fresh, cache, text.room)
+            with self.sparse.observing(), noting_positions(model) as seen:
+                logits = _prompt(model, cache, inputs)
+            self._text.begin(input_ids if past else inputs["input_ids"], cache, text.room)
+            self._place(position_shift(seen, cache.get_seq_length()))
             ended = text.append([int(text.scores(logits, []).argmax())])
             while not ended:
                 ended = self._window(text)
             self._text.end()
         return text.ids
+
+    def _place(self, shift: Tensor | None) -> None:
+        """Let the positions of drafts and checks be so far from their numbers."""
+        if isinstance(self._text, PlacedText):
+            self._text.shift = shift
+        elif shift is not None and shift.any():
+            raise ConfigurationError("positions in the prompt do not count tokens (M-RoPE); use runtime='eager'")
 
     def _window(self, text: GreedyText) -> bool:
         """Draft, check, keep; returns whether the text has ended."""
@@ -291,19 +301,19 @@ class SiriusGenerator:
     def _read(self, tree: DraftTree, places: list[int], slots: dict[int, int], base: int) -> Tensor:
         text = self._eager
         ids, positions, mask = tree.inputs(places, slots, base, text.cache.layers[0].keys.new_empty(0))
-        return text.read(ids, position_ids=positions, attention_mask=mask)
+        return text.read_at(positions, ids, attention_mask=mask)
 
     @property
-    def _eager(self) -> EagerText:
+    def _eager(self) -> PlacedText:
         """The text, for trees and ablations, which look into its cache."""
-        assert isinstance(self._text, EagerText)  # as _check_runtime has made sure
+        assert isinstance(self._text, PlacedText)  # as _check_runtime has made sure
         return self._text
 
 
-def _prompt(model: Any, ids: Tensor, cache: Any, more: dict[str, Any]) -> Tensor:
+def _prompt(model: Any, cache: Any, inputs: dict[str, Any]) -> Tensor:
     """Logits ``(vocabulary,)`` behind a prompt, which goes into the cache."""
     few = accepted(model, logits_to_keep=1)
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **more, **few).logits[0, -1]
+    return model(past_key_values=cache, use_cache=True, **inputs, **few).logits[0, -1]
 
 
 @register(
