@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -147,10 +148,16 @@ def test_generation_decodes_densely_after_a_sparse_prompt(tiny_llama, tokens):
     assert report.density("decode") == 1
 
 
-def test_calibrated_thresholds_cover_the_true_mass(tiny_llama, tokens, tmp_path):
-    sharper = copy.deepcopy(tiny_llama)
-    for layer in sharper.model.layers:
+@pytest.fixture
+def sharper(tiny_llama):
+    """A model whose heads look at few tokens."""
+    model = copy.deepcopy(tiny_llama)
+    for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 40
+    return model
+
+
+def test_calibrated_thresholds_cover_the_true_mass(sharper, tokens, tmp_path):
     method = XAttention(stride=4, block_size=8)
     found = method.calibrate(sharper, [tokens], coverage=0.8, progress=False)
     recalls = []
@@ -171,17 +178,53 @@ def test_calibrated_thresholds_cover_the_true_mass(tiny_llama, tokens, tmp_path)
         HeadThresholds.load(tmp_path / "heads.safetensors")
 
 
+def test_a_calibrated_threshold_is_the_share_that_the_lowest_wanted_block_of_every_row_asks_for(sharper, tokens):
+    from gossamer.attention.thresholds import observe_calls
+
+    method = XAttention(stride=4, block_size=8)
+    calls = []
+    observe_calls(sharper, [tokens[:1]], calls.append, progress=False)
+    found = method.calibrate(sharper, [tokens[:1]], coverage=0.8, progress=False)
+    for call in calls:
+        truth, estimate = exact_mass(call, 8)[0].double(), method.score(call)[0].double()
+        for head in range(truth.shape[0]):
+            kept = 0.0
+            for true, estimated in zip(truth[head].tolist(), estimate[head].tolist()):
+                order = sorted(range(len(true)), key=lambda block: -true[block])
+                wanted = next(
+                    order[:n] for n in range(1, len(order) + 1) if sum(true[b] for b in order[:n]) >= 0.8 * sum(true)
+                )
+                kept += sum(mass for mass in estimated if mass >= min(estimated[block] for block in wanted))
+            assert found.layers[call.layer][head].item() == pytest.approx(kept / estimate[head].sum().item(), abs=1e-6)
+
+
+def test_calibrated_thresholds_are_the_threshold_from_then_on(tiny_llama, tokens, tmp_path):
+    method = XAttention(stride=4, block_size=8)
+    found = method.calibrate(tiny_llama, [tokens], progress=False)
+    assert method.threshold is found
+    assert dataclasses.replace(method, keep_sink=False).threshold is found
+    assert "HeadThresholds(3 layers, mean" in repr(method)
+    found.save(tmp_path / "heads.safetensors")
+    again = XAttention(stride=4, block_size=8, threshold=HeadThresholds.load(tmp_path / "heads.safetensors"))
+    call = call_of(64, 64)
+    assert again.prefill(call).blocks.equal(method.prefill(call).blocks)
+    method.threshold = 0.3
+    assert method.prefill(call).blocks.equal(XAttention(stride=4, block_size=8, threshold=0.3).prefill(call).blocks)
+
+
 def test_the_search_lowers_thresholds_only_while_quality_lasts(tiny_llama, tokens):
     method = XAttention(threshold=0.9, stride=4, block_size=8)
     free = method.search(tiny_llama, [tokens], trials=24, tolerance=10.0, progress=False)
     assert free.mean == pytest.approx(0.9**3)
+    assert method.threshold is free
+    method.threshold = 0.9
     strict = method.search(tiny_llama, [tokens], trials=24, tolerance=0.0, progress=False)
     assert strict.mean > free.mean
 
 
 def test_thresholds_of_another_model_are_refused(tiny_llama, tokens):
     method = XAttention(stride=4, block_size=8)
-    method.thresholds_ = HeadThresholds({0: torch.ones(4), 1: torch.ones(7)})
+    method.threshold = HeadThresholds({0: torch.ones(4), 1: torch.ones(7)})
     with pytest.raises(ModelError, match="7 heads in layer 1"), method.active(tiny_llama), torch.no_grad():
         tiny_llama(tokens)
 
@@ -191,7 +234,12 @@ def test_thresholds_of_another_model_are_refused(tiny_llama, tokens):
     [
         ({"threshold": 0.0}, r"threshold is 0.0; it must be in \(0, 1\]"),
         ({"threshold": 1.5}, "threshold is 1.5"),
-        ({"stride": 7}, "stride is 7; it must divide the block size 128"),
+        ({"threshold": "a"}, "threshold is 'a'; it must be"),
+        ({"threshold": None}, "threshold is None"),
+        ({"threshold": True}, "threshold is True"),
+        ({"scoring": "spiral"}, "scoring is 'spiral'; it must be one of antidiagonal"),
+        ({"stride": 8.0}, "stride is 8.0; it must be a whole number"),
+        ({"stride": 7}, "stride is 7; it must be a whole number that divides the block size 128"),
         ({"stride": 0}, "stride is 0"),
     ],
 )

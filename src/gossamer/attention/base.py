@@ -329,9 +329,9 @@ def check_share(value: float, name: str) -> float:
     Raises
     ------
     ConfigurationError
-        If it does not.
+        If it is no number, or does not.
     """
-    if not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ConfigurationError(f"{name} is {value!r}; it must be in (0, 1], where 1 is dense")
     return value
 

@@ -43,11 +43,25 @@ def score_blocks(call: AttentionCall, scoring: Scoring, stride: int, block_size:
     ConfigurationError
         If the stride does not divide the block size, or there is no such scoring.
     """
+    check_scoring(scoring, stride, block_size)
+    return _SCORES[scoring](call, stride, block_size)
+
+
+def check_scoring(scoring: str, stride: int, block_size: int) -> None:
+    """Refuse what :func:`score_blocks` does not know.
+
+    Raises
+    ------
+    ConfigurationError
+        If the stride is no whole number that divides the block size, or there is no such scoring.
+    """
     if scoring not in _SCORES:
         raise ConfigurationError(f"scoring is {scoring!r}; it must be one of {', '.join(_SCORES)}")
-    if stride < 1 or block_size % stride:
-        raise ConfigurationError(f"stride is {stride}; it must divide the block size {block_size}")
-    return _SCORES[scoring](call, stride, block_size)
+    whole = all(isinstance(size, int) and size >= 1 for size in (stride, block_size))
+    if not whole or block_size % stride:
+        raise ConfigurationError(
+            f"stride is {stride}; it must be a whole number that divides the block size {block_size}"
+        )
 
 
 def exact_mass(call: AttentionCall, block_size: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 _LOWERED = 0.9  # what a threshold is multiplied by when it is lowered
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class HeadThresholds:
     """Thresholds in (0, 1] of all heads.
 
@@ -75,6 +74,9 @@ class HeadThresholds:
     def mean(self) -> float:
         """Over all heads of all layers."""
         return float(torch.cat(list(self.layers.values())).mean())
+
+    def __repr__(self) -> str:
+        return f"HeadThresholds({len(self.layers)} layers" + (f", mean {self.mean:.3g})" if self.layers else ")")
 
     def copy(self) -> HeadThresholds:
         """A copy that can be changed without changing this."""
@@ -137,7 +139,8 @@ def observe_calls(
 
 
 def predict_thresholds(
-    method: SparseAttention,
+    make: Callable[[HeadThresholds], SparseAttention],
+    start: float | HeadThresholds,
     model: nn.Module,
     data: Iterable[Batch],
     trials: int = 1000,
@@ -146,16 +149,18 @@ def predict_thresholds(
 ) -> HeadThresholds:
     """Lower thresholds of single heads, by tenths, as long as text is predicted as well [Xu et al., 2025, section 2.3].
 
-    All heads begin at the method's own threshold. In every round each head in turn tries nine tenths of what it has;
-    it keeps that if the perplexity stays within the tolerance of the model's at the beginning, and is out of the game
-    otherwise. With D[h][m] the best setting of the first h heads after m rounds and P(h, m) the quality with head h
-    lowered for the m-th time, this walks the paper's D[h][m] = max(D[h−1][m], P(h, m)) and of all settings within the
-    tolerance returns the one of the lowest mean.
+    All heads begin at the same threshold, or each at its own. In every round each head in turn tries nine tenths of
+    what it has; it keeps that if the perplexity stays within the tolerance of the model's at the beginning, and is out
+    of the game otherwise. With D[h][m] the best setting of the first h heads after m rounds and P(h, m) the quality
+    with head h lowered for the m-th time, this walks the paper's D[h][m] = max(D[h−1][m], P(h, m)) and of all settings
+    within the tolerance returns the one of the lowest mean.
 
     Parameters
     ----------
-    method
-        With a ``threshold`` and ``thresholds_``.
+    make
+        ``make(thresholds)`` gives the method with these thresholds.
+    start
+        Where the heads begin.
     model
         A Hugging Face language model.
     data
@@ -181,16 +186,16 @@ def predict_thresholds(
         raise CalibrationError("there are no token ids to measure perplexity on; give (batch, tokens) int64")
     shapes: dict[int, int] = {}
     observe_calls(model, tokens[:1], lambda call: shapes.update({call.layer: call.query.shape[1]}), progress=False)
-    trial = dataclasses.replace(method)
     window = max(part.shape[-1] for part in tokens)
 
     def measured(setting: HeadThresholds) -> float:
-        trial.thresholds_ = setting  # type: ignore[attr-defined]
-        with trial.install(model):
+        with make(setting).install(model):
             return perplexity(model, tokens, window, window, progress=False).value
 
-    start: float = method.threshold  # type: ignore[attr-defined]
-    best = HeadThresholds({layer: torch.full((heads,), start) for layer, heads in shapes.items()})
+    if isinstance(start, HeadThresholds):
+        best = HeadThresholds({layer: start.of(layer, heads).clone() for layer, heads in shapes.items()})
+    else:
+        best = HeadThresholds({layer: torch.full((heads,), start) for layer, heads in shapes.items()})
     limit = measured(best) * (1 + tolerance)
     return _lowered(best, measured, limit, trials, progress)
 

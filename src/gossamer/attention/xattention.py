@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.attention.base import SparseAttention, check_share
-from gossamer.attention.scores import Scoring, exact_mass, score_blocks
+from gossamer.attention.scores import Scoring, check_scoring, exact_mass, score_blocks
 from gossamer.attention.selection import mass_blocks, sinks_and_diagonal
 from gossamer.attention.thresholds import HeadThresholds, observe_calls, predict_thresholds
 from gossamer.core.block_mask import BlockMask
 from gossamer.core.registry import register
-from gossamer.errors import ConfigurationError
 from gossamer.models.attention_sites import AttentionCall
 from gossamer.models.blocks import Batch
 
@@ -44,7 +43,8 @@ class XAttention(SparseAttention):
     Parameters
     ----------
     threshold
-        τ in (0, 1]; 1 is dense.
+        τ in (0, 1], where 1 is dense; or one for every head, as :meth:`calibrate` and :meth:`search` find and set
+        them and :meth:`HeadThresholds.load <gossamer.attention.thresholds.HeadThresholds.load>` reads them.
     stride
         S, which divides the block size; scores take 1 / S of the time of dense ones.
     block_size
@@ -56,24 +56,23 @@ class XAttention(SparseAttention):
     dense_layers
         Layers that stay dense.
 
-    Attributes
-    ----------
-    thresholds_
-        τ of every head of every layer, if :meth:`calibrate` has found any.
+    Raises
+    ------
+    ConfigurationError
+        If a threshold is not in (0, 1], the stride does not divide the block size, or there is no such scoring.
     """
 
-    threshold: float = 0.9
+    threshold: float | HeadThresholds = 0.9
     stride: int = 8
     block_size: int = 128
     keep_sink: bool = True
     keep_recent: bool = True
     scoring: Scoring = "antidiagonal"
-    thresholds_: HeadThresholds | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_share(self.threshold, "threshold")
-        if self.stride < 1 or self.block_size < 1 or self.block_size % self.stride:
-            raise ConfigurationError(f"stride is {self.stride}; it must divide the block size {self.block_size}")
+        if not isinstance(self.threshold, HeadThresholds):
+            check_share(self.threshold, "threshold")
+        check_scoring(self.scoring, self.stride, self.block_size)
 
     def score(self, call: AttentionCall) -> Tensor:
         """Estimated mass of every block, ``(batch, heads, query blocks, key blocks)``."""
@@ -91,15 +90,15 @@ class XAttention(SparseAttention):
         )
 
     def _threshold(self, call: AttentionCall) -> float | Tensor:
-        if self.thresholds_ is None:
-            return self.threshold
-        return self.thresholds_.of(call.layer, call.query.shape[1]).to(call.query.device)
+        if isinstance(self.threshold, HeadThresholds):
+            return self.threshold.of(call.layer, call.query.shape[1]).to(call.query.device)
+        return self.threshold
 
     def prefill(self, call: AttentionCall) -> BlockMask | None:
         """The blocks of a prompt; None where all would be read anyway."""
         if call.query.shape[2] <= self.block_size and call.key.shape[2] <= self.block_size:
             return None
-        if self.thresholds_ is None and self.threshold == 1:
+        if self.threshold == 1:
             return None
         return self.select(self.score(call), call)
 
@@ -110,10 +109,12 @@ class XAttention(SparseAttention):
     def calibrate(
         self, model: nn.Module, data: Iterable[Batch], coverage: float = 0.9, progress: bool = True
     ) -> HeadThresholds:
-        """Give every head a threshold of its own that covers a share of the true attention.
+        """Give every head a threshold of its own, that of blocks which hold a share of the true attention.
 
-        On each text the fewest blocks that hold `coverage` of the true mass of their row are found; the lowest estimate
-        among them says which share of the estimated mass has to be read. A head gets the highest of its texts.
+        Of every row of blocks the fewest that hold `coverage` of its true mass are found; all blocks whose estimate is
+        at least the lowest among these make up a share of the row's estimated mass. A head's threshold is that share
+        over all rows of a text, and of several texts the highest, as in the authors' ``profile_threshold.py``. From
+        then on it is :attr:`threshold`.
 
         Parameters
         ----------
@@ -139,15 +140,18 @@ class XAttention(SparseAttention):
                 found.raise_to(call.layer, self._covering(call, coverage))
 
         observe_calls(model, data, look, progress)
-        self.thresholds_ = found.checked(self.block_size)
-        return self.thresholds_
+        self.threshold = found.checked(self.block_size)
+        return found
 
     def _covering(self, call: AttentionCall, coverage: float) -> Tensor:
-        """Share of the estimated mass in the blocks that `coverage` of the true mass asks for, ``(heads,)``."""
+        """Share of the estimated mass in the blocks that `coverage` of the true mass asks for, ``(heads,)``.
+
+        Every row has a lowest block of its own; what all rows ask for is added up before the share is taken.
+        """
         allowed = _geometry(call, self.block_size).allowed
         estimate = self.score(call).double()
         wanted = mass_blocks(exact_mass(call, self.block_size), coverage, allowed)
-        lowest = torch.where(wanted, estimate, torch.inf).amin((-2, -1), keepdim=True)
+        lowest = torch.where(wanted, estimate, torch.inf).amin(-1, keepdim=True)
         share = torch.where(estimate >= lowest, estimate, 0).sum((-2, -1)) / estimate.sum((-2, -1))
         return share.amax(0).clamp(max=1.0)
 
@@ -161,11 +165,14 @@ class XAttention(SparseAttention):
     ) -> HeadThresholds:
         """Lower the thresholds of single heads by tenths as long as the model predicts text as well [section 2.3].
 
-        See :func:`~gossamer.attention.thresholds.predict_thresholds`.
+        See :func:`~gossamer.attention.thresholds.predict_thresholds`. Heads begin at :attr:`threshold`,
+        and what is found takes its place.
         """
-        self.thresholds_ = None
-        self.thresholds_ = predict_thresholds(self, model, data, trials, tolerance, progress)
-        return self.thresholds_
+        found = predict_thresholds(
+            lambda setting: replace(self, threshold=setting), self.threshold, model, data, trials, tolerance, progress
+        )
+        self.threshold = found
+        return found
 
 
 def _geometry(call: AttentionCall, block_size: int) -> BlockMask:
