@@ -43,6 +43,14 @@ def test_values_of_bfloat16_go_as_a_whole_so_that_the_share_is_the_nearest_there
     assert reached == pytest.approx(best, abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", [0.1, 0.4])
+def test_zeros_go_at_any_sparsity_since_they_cost_nothing(dtype, sparsity):
+    x = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
+    threshold = filled(x).threshold(sparsity)
+    assert torch.equal(x <= threshold, x == 0)
+
+
 def test_nothing_goes_at_a_sparsity_of_zero():
     assert filled(torch.ones(2, 2)).threshold(0.0) is None
 

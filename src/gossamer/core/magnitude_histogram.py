@@ -64,7 +64,7 @@ class MagnitudeHistogram:
         """The value that `sparsity` of the entries do not exceed; None for a sparsity of 0, where nothing goes.
 
         Within a bin the entries are taken to lie evenly, except where all were bfloat16 values and so lie at its
-        lower edge: then the bin goes as a whole or not at all, whichever is nearer.
+        lower edge: then the bin goes as a whole or not at all, whichever is nearer. Zeros go in any case.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class MagnitudeHistogram:
         low, high = edge(index), edge(index + 1)
         if not self._coarse:
             return low + share * (high - low)
-        return low if share >= 0.5 else edge(index - 1) if index else None
+        return low if share >= 0.5 else edge(max(0, index - 1))
 
     def check(self) -> None:
         """Raise if nothing was counted, or something that is not a number."""
