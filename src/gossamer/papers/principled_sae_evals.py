@@ -34,7 +34,7 @@ from gossamer.papers.statistics import Interval, mean_interval
 
 SMALL, REAL = "small model", "real model"
 SUPERVISED = "supervised"
-TASK_SAES = ("TopK", "gated", "ℓ1", "attribution")  # all but the first with every weight of the penalty
+TASK_SAES = ("TopK", "gated", "ℓ1", "attribution")
 TOUCHED = 2  # features that one supervised edit of a variable exchanges
 PARAMETRISATIONS: dict[str, list[Attribute]] = {
     SUPERVISED: ["io", "s", "order"],
@@ -57,7 +57,7 @@ QUICK: dict[str, Any] = {
     "k": 6,
     "sae_steps": 800,
     "sae_batch": 512,
-    "weights": [0.003, 0.01, 0.03],
+    "l1": 0.03,
     "edits": [1, 2, 4, 8, 16],
     "real_prompts": 640,
     "real_held_out": 60,
@@ -176,19 +176,18 @@ def _unsupervised(x: Tensor, subject: Subject, settings: dict[str, Any], seed: i
         auxiliary="none",
         seed=seed,
     )
+    sparse = _changed(plain, sparsity=settings["l1"])
 
     def trained(rule: Any, how: TrainingSettings, rows: Tensor, slopes: Tensor | None = None) -> Dictionary:
         sae = SAE(x.shape[1], features, rule, seed)
         train_on_rows(sae, rows, how, slopes)
         return Dictionary.of_sae(sae)
 
-    found = {"TopK": trained(TopK(k), plain, x)}
-    for weight in settings["weights"]:
-        sparse = _changed(plain, sparsity=weight)
-        found[f"gated, {weight}"] = trained(Gated(), sparse, x)
-        found[f"ℓ1, {weight}"] = trained(ReLU(), sparse, x)
-        found[f"attribution, {weight}"] = trained(ReLU(), _changed(sparse, attribution=True), x, gradient)
-    return found | {
+    return {
+        "TopK": trained(TopK(k), plain, x),
+        "gated": trained(Gated(), sparse, x),
+        "ℓ1": trained(ReLU(), sparse, x),
+        "attribution": trained(ReLU(), _changed(sparse, attribution=True), x, gradient),
         "TopK on all text": trained(TopK(k), plain, subject.text),
         "principal components": Dictionary.principal(x, min(features // 2, *x.shape), k),
         "random": Dictionary.random(x, features, k, seed),
@@ -316,8 +315,7 @@ def _edited(row: Observation, model: str) -> float:
 
 def _ahead(row: Observation, model: str) -> float:
     """Agreement of edits by labels, less the best of autoencoders that may exchange as many features."""
-    reports = row["models"][model]["dictionaries"]
-    found = [part["control"]["io"][str(TOUCHED)] for name, part in reports.items() if name.split(", ")[0] in TASK_SAES]
+    found = [row["models"][model]["dictionaries"][name]["control"]["io"][str(TOUCHED)] for name in TASK_SAES]
     return _edited(row, model) - max(part["agreement"] for part in found)
 
 
