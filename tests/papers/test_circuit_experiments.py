@@ -153,7 +153,6 @@ def test_a_tiny_run_of_supervised_evaluation_ends_well(monkeypatch):
     monkeypatch.setattr(principled_sae_evals, "real_subject", small_subject)
     settings = {**principled_sae_evals.QUICK, "names": 6, "width": 32, "steps": 250, "prompts": 400, "held_out": 60}
     settings |= {"sae_steps": 30, "toy_steps": 20, "edits": [2], "features": 32, "widths": [4, 8], "penalties": [0.03]}
-    settings["weights"] = [0.03]
     row = principled_sae_evals.run(settings, 0, lambda items, description: items)
     assert principled_sae_evals.decide([row, row]).outcome in ("holds", "does not hold", "inconclusive")
     assert {name.split(", ")[0] for name in row["models"][SMALL]["dictionaries"]} >= set(TASK_SAES)
