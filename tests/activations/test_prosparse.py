@@ -107,6 +107,23 @@ def test_only_a_relu_can_be_shifted(model):
         shift_threshold(model)
 
 
+def test_a_threshold_that_no_activation_can_take_is_refused_before_training(model, tokens):
+    before = model.model.layers[0].mlp.act_fn
+    with pytest.raises(ConfigurationError, match="there is only ShiftedReLU; use threshold=0"):
+        ProSparse(activation="shifted-relu").attach(model)
+    with pytest.raises(ConfigurationError, match="there is only SiLU"):
+        ProSparse(activation="keep").attach(model)
+    assert model.model.layers[0].mlp.act_fn is before
+    relufy(model)
+    for allowed in (
+        ProSparse(activation="shifted-relu", threshold=0.0, stages=lambda step: 1.0),
+        ProSparse(activation="keep", stages=lambda step: 1.0),
+    ):
+        run = train(model, tokens, allowed, steps=1)
+        run.finish()
+        run.undo()
+
+
 def test_bad_parameters_are_named():
     with pytest.raises(ConfigurationError, match="threshold is -1"):
         ProSparse(threshold=-1)

@@ -20,10 +20,11 @@ from gossamer.core.penalties import ActivationPenalty, Reduction
 from gossamer.core.registry import register
 from gossamer.core.schedules import SineStages
 from gossamer.errors import ConfigurationError
-from gossamer.models.activation_functions import FATReLU, Swap, relufy, swap_activations
-from gossamer.models.feedforward_taps import feed_forward_taps
+from gossamer.models.activation_functions import FATReLU, ShiftedReLU, Swap, relufy, swap_activations
+from gossamer.models.feedforward_taps import feed_forward_activations, feed_forward_taps
 
 Start = Literal["relu", "shifted-relu", "keep"]
+_RELUS = (nn.ReLU, FATReLU)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class ProSparse:
         ``relu`` or ``shifted-relu`` takes the place of every activation; ``keep`` leaves them, for a model that has
         been trained with ReLU before.
     threshold
-        t of FATReLU, set when training ends; the authors tried 0.005 to 0.03. 0 leaves ReLU.
+        t of FATReLU, set when training ends; the authors tried 0.005 to 0.03. 0 leaves what is there, as it has to for
+        activations other than ReLU.
     reduction
         What λ multiplies; see :class:`~gossamer.core.penalties.ActivationPenalty`. The paper prints the sum and does
         not say over how many tokens and neurons it is averaged; with ``mean`` the weight means the same for any
@@ -169,13 +171,27 @@ class ProSparse:
         ------
         TargetError
             If the model has no feed-forward layer whose activation is a module.
+        ConfigurationError
+            If there will be no ReLU whose threshold could be raised when training ends.
         """
+        self._check_threshold(model)
         swap = None if self.activation == "keep" else relufy(model, self.activation)
         taps = feed_forward_taps(model)
         penalty = ActivationPenalty(model, taps, self.penalty, weight=self.stages, reduction=self.reduction)
         run = ProSparseTraining(model, penalty, optimizer)
         run.swap, run.threshold = swap, self.threshold
         return run
+
+    def _check_threshold(self, model: nn.Module) -> None:
+        if self.threshold == 0 or self.activation == "relu":
+            return
+        there = {ShiftedReLU} if self.activation == "shifted-relu" else _activation_kinds(model)
+        if not any(issubclass(kind, _RELUS) for kind in there):
+            names = ", ".join(sorted(kind.__name__ for kind in there))
+            raise ConfigurationError(
+                f"threshold is {self.threshold}, which makes ReLU to FATReLU when training ends, but with "
+                f"activation={self.activation!r} there is only {names}; use threshold=0, or activation='relu'"
+            )
 
 
 def shift_threshold(model: nn.Module, threshold: float = 0.01) -> Swap:
@@ -193,4 +209,8 @@ def shift_threshold(model: nn.Module, threshold: float = 0.01) -> Swap:
     TargetError
         If no feed-forward layer has a ReLU.
     """
-    return swap_activations(model, (nn.ReLU, FATReLU), lambda: FATReLU(threshold))
+    return swap_activations(model, _RELUS, lambda: FATReLU(threshold))
+
+
+def _activation_kinds(model: nn.Module) -> set[type[nn.Module]]:
+    return {type(place.module) for place in feed_forward_activations(model)}
