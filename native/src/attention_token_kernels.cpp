@@ -30,6 +30,8 @@ constexpr int kTogether = 4, kStrips = 4;  // rows for which a key is decoded on
 constexpr int kTogether = 2, kStrips = 2;
 #endif
 
+constexpr std::int64_t kSoon = 16;  // tokens ahead of which keys are asked for
+
 template <int Value>
 struct Count {
   static constexpr int value = Value;
@@ -49,22 +51,16 @@ inline const char* vector_at(const Vectors& from, std::int64_t vector) {
   return static_cast<const char*>(from.data) + vector * from.stride * (kBits<Stored> / 8);
 }
 
-// Keys are asked for into the first-level cache, as they are read soon; values into the second, for those of all tokens
-// whose scores are in memory would push the keys out of the first.
+// Vectors are asked for one by one between computations: a burst of requests fills the queue of a core, and what comes
+// behind waits.
 template <typename Stored>
-inline void ask_for_key(const Vectors& from, std::int64_t vector) {
+inline void ask_for(const Vectors& from, std::int64_t vector) {
   const char* there = vector_at<Stored>(from, vector);
-  for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64)
-    __builtin_prefetch(there + byte, 0, 3);
-}
-template <typename Stored>
-inline void ask_for_value(const Vectors& from, std::int64_t vector) {
-  const char* there = vector_at<Stored>(from, vector);
-  for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64)
-    __builtin_prefetch(there + byte, 0, 2);
+  for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64) __builtin_prefetch(there + byte);
 }
 
-// Scores of some rows with at most sixteen tokens, sixteen of which are stored for each row.
+// Scores of some rows with at most sixteen tokens, sixteen of which are stored for each row. With the first rows, the
+// values of these tokens are asked for, and the keys that come later.
 template <typename Stored, int Rows>
 inline void score_sixteen(const TokenTile& tile, std::int64_t row, std::int64_t first, int count, float* scores) {
   const std::int64_t size = tile.keys.size, padded = (size + 15) / 16 * 16;
@@ -73,6 +69,10 @@ inline void score_sixteen(const TokenTile& tile, std::int64_t row, std::int64_t 
     for (int r = 0; r < Rows; ++r) sums[r][t] = zero();
     if (t >= count) continue;
     const std::int64_t token = tile.tokens[first + t];
+    if (row == 0) {
+      if (first + t + kSoon < tile.last) ask_for<Stored>(tile.keys, tile.tokens[first + t + kSoon]);
+      ask_for<Stored>(tile.values, token);
+    }
     const float* query = tile.rows + row * padded;
     const char* key = vector_at<Stored>(tile.keys, token);
     Lanes some[Rows];
@@ -131,16 +131,12 @@ void gather_tokens(const TokenTile& tile) {
   const std::int64_t strips = (tile.values.size + 15) / 16;
   __builtin_memset(tile.outputs, 0, sizeof(float) * static_cast<std::size_t>(tile.count * strips * 16));
   for (std::int64_t row = 0; row < tile.count; ++row) tile.most[row] = negative_infinity(), tile.total[row] = 0.0f;
-  for (std::int64_t t = tile.first; t < tile.last && t < tile.first + 16; ++t)
-    ask_for_key<Stored>(tile.keys, tile.tokens[t]);
+  for (std::int64_t t = tile.first; t < tile.last && t < tile.first + kSoon; ++t)
+    ask_for<Stored>(tile.keys, tile.tokens[t]);
   for (std::int64_t first = tile.first; first < tile.last; first += kTokens) {
     const int count = static_cast<int>(tile.last - first < kTokens ? tile.last - first : kTokens);
     for (int begin = 0; begin < count; begin += 16) {
       const int some = count - begin < 16 ? count - begin : 16;
-      for (std::int64_t t = first + begin; t < first + begin + some; ++t) {
-        if (t + 16 < tile.last) ask_for_key<Stored>(tile.keys, tile.tokens[t + 16]);
-        ask_for_value<Stored>(tile.values, tile.tokens[t]);
-      }
       in_rows(tile.count, [&](std::int64_t row, auto rows) {
         score_sixteen<Stored, decltype(rows)::value>(tile, row, first + begin, some, tile.scores + begin);
       });
@@ -289,103 +285,7 @@ void score(const Vectors& labels, const float* query, std::int64_t first, std::i
   else score_labels<BFloat16>(labels, query, first, last, scores);
 }
 
-// Numbers that are higher where scores are, in their place; zeros of either sign are equal, and NaN is above all.
-inline void rank(float* scores, std::int64_t tokens) {
-  for (std::int64_t i = 0; i < tokens; ++i) {
-    const float score = scores[i] + 0.0f;
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &score, 4);
-    bits ^= static_cast<std::uint32_t>(static_cast<std::int32_t>(bits) >> 31) | 0x80000000u;
-    bits = score != score ? 0xffffffffu : bits;
-    __builtin_memcpy(scores + i, &bits, 4);
-  }
-}
-
-// Bits of the tokens i … i + 15 whose rank is above a limit, and of those whose rank is the limit.
-struct Compared {
-  std::uint32_t above, equal;
-};
-inline Compared compare(const std::uint32_t* ranks, std::uint32_t limit) {
-#if defined(__AVX512F__)
-  const __m512i some = _mm512_loadu_si512(ranks), limits = _mm512_set1_epi32(static_cast<int>(limit));
-  return {_mm512_cmpgt_epu32_mask(some, limits), _mm512_cmpeq_epu32_mask(some, limits)};
-#else
-  Compared found{0, 0};
-  for (int lane = 0; lane < 16; ++lane) {
-    found.above |= static_cast<std::uint32_t>(ranks[lane] > limit) << lane;
-    found.equal |= static_cast<std::uint32_t>(ranks[lane] == limit) << lane;
-  }
-  return found;
-#endif
-}
-
-constexpr int kDigits[] = {21, 10, 0};  // where the digits of a rank begin
-constexpr std::uint32_t kMost = 1u << 11;
-
-// The highest digit of which at least `count` ranks are not below; `count` becomes how many of that digit are wanted.
-inline std::uint32_t digit_of(const std::uint32_t (*counts)[kMost], std::int64_t& count) {
-  for (std::uint32_t digit = kMost - 1;; --digit) {
-    const std::int64_t here = std::int64_t{counts[0][digit]} + counts[1][digit] + counts[2][digit] + counts[3][digit];
-    if (here >= count || !digit) return digit;
-    count -= here;
-  }
-}
-
-// The ranks of one digit, to `kept`, which may be where they are; returns how many there are.
-inline std::int64_t keep_digit(const std::uint32_t* ranks, std::int64_t tokens, int shift, std::uint32_t digit,
-                               std::uint32_t* kept) {
-  std::int64_t left = 0, i = 0;
-#if defined(__AVX512F__)
-  const __m512i digits = _mm512_set1_epi32(static_cast<int>(digit)), mask = _mm512_set1_epi32(kMost - 1);
-  for (; i + 16 <= tokens; i += 16) {
-    const __m512i some = _mm512_loadu_si512(ranks + i);
-    const __m512i theirs = _mm512_and_si512(_mm512_srl_epi32(some, _mm_cvtsi32_si128(shift)), mask);
-    const __mmask16 found = _mm512_cmpeq_epi32_mask(theirs, digits);
-    if (!found) continue;
-    _mm512_storeu_si512(kept + left, _mm512_maskz_compress_epi32(found, some));
-    left += __builtin_popcount(found);
-  }
-#endif
-  for (; i < tokens; ++i) {
-    const std::uint32_t one = ranks[i];
-    kept[left] = one;
-    left += (one >> shift & (kMost - 1)) == digit;
-  }
-  return left;
-}
-
-// The count-th highest rank, digit by digit; `count` becomes how many of this very rank are wanted. Ranks that have the
-// digits found so far are kept for the next one.
-inline std::uint32_t limit_of(const std::uint32_t* ranks, std::int64_t tokens, std::int64_t& count,
-                              std::uint32_t* kept) {
-  std::uint32_t limit = 0;
-  for (const int shift : kDigits) {
-    std::uint32_t counts[4][kMost] = {};  // several, so that equal neighbours do not wait for each other
-    for (std::int64_t i = 0; i < tokens; ++i) ++counts[i & 3][ranks[i] >> shift & (kMost - 1)];
-    const std::uint32_t digit = digit_of(counts, count);
-    limit |= digit << shift;
-    tokens = keep_digit(ranks, tokens, shift, digit, kept);
-    ranks = kept;
-  }
-  return limit;
-}
-
-void choose_highest(float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places, std::uint32_t* kept) {
-  rank(scores, tokens);
-  const auto* ranks = reinterpret_cast<const std::uint32_t*>(scores);
-  std::int64_t equal = count;
-  const std::uint32_t limit = limit_of(ranks, tokens, equal, kept);
-  for (std::int64_t first = 0, done = 0; done < count; first += 16) {
-    Compared found = compare(ranks + first, limit);
-    const std::int64_t left = tokens - first;
-    if (left < 16) found.above &= (1u << left) - 1u, found.equal &= (1u << left) - 1u;
-    for (std::uint32_t bits = found.above | (equal > 0 ? found.equal : 0u); bits; bits &= bits - 1u) {
-      const int lane = __builtin_ctz(bits);
-      if ((found.equal >> lane & 1u) && equal-- <= 0) continue;
-      places[done++] = first + lane;
-    }
-  }
-}
+#include "token_choice.hpp"
 
 }  // namespace
 

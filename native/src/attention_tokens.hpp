@@ -17,6 +17,13 @@ struct TokenList {
   std::int64_t operator[](std::int64_t i) const {
     return wide ? static_cast<const std::int64_t*>(places)[i] : static_cast<const std::int32_t*>(places)[i];
   }
+  // Whether the tokens first … last − 1 of the list are some of so many.
+  bool inside(std::int64_t first, std::int64_t last, std::int64_t tokens) const {
+    bool all = true;
+    for (std::int64_t i = first; i < last; ++i)
+      all &= static_cast<std::uint64_t>((*this)[i]) < static_cast<std::uint64_t>(tokens);
+    return all;
+  }
 };
 
 // Rows of queries that read the same tokens first … last − 1 of a list.
@@ -37,8 +44,9 @@ struct TokenKernels {
   // scores[k] = labels[first + k] · query, for tokens first … last − 1
   void (*score)(const Vectors& labels, const float* query, std::int64_t first, std::int64_t last, float* scores);
   // The places of the `count` highest scores, ascending; of equal ones the lower, NaN above all. 0 < count ≤ tokens.
-  // The scores, with 15 more behind them, and `kept`, with room for as many, are written to.
-  void (*choose)(float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places, std::uint32_t* kept);
+  // `room` is for twice as many numbers as there are tokens, and 32 more.
+  void (*choose)(const float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places,
+                 float* room);
 };
 
 // Those of the instruction set in use.

@@ -3,9 +3,11 @@
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -30,7 +32,7 @@ const TokenKernels& token_kernels() {
 
 namespace {
 
-constexpr std::int64_t kList = 1024;      // tokens of a list that one thread reads
+constexpr std::int64_t kList = 512;       // tokens of a list that one thread reads
 constexpr std::int64_t kLabels = 8192;    // labels that one thread goes through
 
 // Lists of tokens, of which each is read by the queries of some adjacent heads.
@@ -78,16 +80,18 @@ void merge(const Parts& parts, std::int64_t list, std::int64_t pieces, std::int6
   }
   attention_kernels().write(sums.data(), 1, parts.strips, total == 0.0f ? 0.0f : 1.0f / total, size, value, target,
                             size);
-  *lse = total == 0.0f ? -std::numeric_limits<float>::infinity() : most / kPerLog2 + std::log(total);
+  if (lse) *lse = total == 0.0f ? -std::numeric_limits<float>::infinity() : most / kPerLog2 + std::log(total);
 }
 
-// outputs: (batch, heads, queries, size), adjacent; lse without size.
-void gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q,
+// outputs: (batch, heads, queries, size), adjacent; lse without size, or null. False if a listed token does not exist:
+// then outputs mean nothing.
+bool gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q,
             const Heads& k,
             const Heads& v, const Heads& outputs, float* lse) {
   const std::int64_t group = heads / lists.lists, rows = group * q.length, padded = (q.size + 15) / 16 * 16;
   const std::int64_t pieces = std::max<std::int64_t>((lists.length + kList - 1) / kList, 1), all = batch * lists.lists;
   const Parts parts(all, pieces, rows, v.strips());
+  std::atomic<bool> inside{true};
   share_items(all * pieces, lists.threads, [&] {
     auto scores = std::make_shared<Floats>(kTileRows * kTokens);
     auto queries = std::make_shared<Floats>(kTileRows * padded);
@@ -95,7 +99,8 @@ void gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int
       const std::int64_t list = item / pieces, piece = item % pieces, b = list / lists.lists;
       const std::int64_t key_head = list % lists.lists * key_heads / lists.lists;
       const std::int64_t first = piece * kList, last = std::min(first + kList, lists.count(list));
-      if (first >= last) return;
+      if (!lists.tokens(list).inside(first, std::min(first + kList, lists.length), k.length)) inside = false;
+      if (first >= last || !inside) return;
       for (std::int64_t row = 0; row < rows; row += kTileRows) {
         const std::int64_t count = std::min<std::int64_t>(kTileRows, rows - row), at = item * rows + row;
         for (std::int64_t i = 0; i < count; ++i) {
@@ -111,61 +116,78 @@ void gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int
       }
     };
   });
+  if (!inside) return false;
   for (std::int64_t list = 0; list < all; ++list)
     for (std::int64_t row = 0; row < rows; ++row) {
       const std::int64_t at = list * rows + row;  // lists are in the order of heads
       merge(parts, list, (lists.count(list) + kList - 1) / kList, row, v.size, outputs.value,
-            reinterpret_cast<char*>(outputs.data) + at * v.size * outputs.bytes(), lse + at);
+            reinterpret_cast<char*>(outputs.data) + at * v.size * outputs.bytes(), lse ? lse + at : nullptr);
     }
+  return true;
 }
 
-// q (batch, heads, 1, labels), k (batch, key heads, keys, labels); pooling: 0 sum, 1 highest, 2 none.
-void label_topk(std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q, const Heads& k,
-                int pooling, const std::uint8_t* key_mask, std::int64_t count, std::int64_t* places, int threads) {
-  const std::int64_t group = heads / key_heads, lists = pooling == 2 ? heads : key_heads, per_list = heads / lists;
-  const std::int64_t keys = k.length;
-  const std::int64_t stride = (keys + 31) / 16 * 16;
-  const Floats scores(batch * lists * stride);
-  // where every thread has lists of its own, it chooses from scores that are still in its cache
-  const bool whole = batch * lists >= threads;
-  const std::int64_t length = whole ? keys : kLabels, pieces = (keys + length - 1) / length;
-  const auto choose = [&](std::int64_t list, std::vector<std::uint32_t>& kept) {
-    kept.resize(static_cast<std::size_t>(keys) + 16);
-    token_kernels().choose(scores.get() + list * stride, keys, count, places + list * count, kept.data());
-  };
-  share_items(batch * lists * pieces, threads, [&] {
-    return [&](std::int64_t item) {
-      const std::int64_t list = item / pieces, b = list / lists, first = item % pieces * length;
-      const std::int64_t last = std::min(first + length, keys);
-      const std::int64_t key_head = list % lists * per_list / group;
-      float* there = scores.get() + list * stride + first;
-      std::vector<float> query(static_cast<std::size_t>(q.size), 0.0f), one(query);
-      std::vector<float> some(pooling == 1 ? static_cast<std::size_t>(last - first) : 0);
-      for (std::int64_t i = 0; i < per_list; ++i) {
-        attention_kernels().rows(q.vectors(b, list % lists * per_list + i), 0, 1, 1.0f, one.data());
-        if (pooling == 1) {
-          token_kernels().score(k.vectors(b, key_head), one.data(), first, last, i ? some.data() : there);
-          for (std::size_t t = 0; i && t < some.size(); ++t)
-            if (!(some[t] <= there[t])) there[t] = std::isnan(there[t]) ? there[t] : some[t];
-        } else {
-          for (std::size_t c = 0; c < query.size(); ++c) query[c] += one[c];
-        }
+// Labels that choose tokens: q (batch, heads, 1, labels), k (batch, key heads, keys, labels).
+struct Labels {
+  std::int64_t batch, heads, key_heads;
+  Heads q, k;
+  int pooling;                   // 0 sum, 1 highest, 2 none
+  const std::uint8_t* key_mask;  // (batch, keys), or null
+
+  std::int64_t lists() const { return pooling == 2 ? heads : key_heads; }  // of one batch
+
+  // Scores of the keys first … last − 1 for one list.
+  void score(std::int64_t list, std::int64_t first, std::int64_t last, float* scores) const {
+    const std::int64_t b = list / lists(), per_list = heads / lists(), head = list % lists() * per_list;
+    const Vectors labels = k.vectors(b, head * key_heads / heads);
+    const float lowest = -std::numeric_limits<float>::infinity();
+    std::vector<float> query(static_cast<std::size_t>(q.size), 0.0f), one(query);
+    std::vector<float> some(pooling == 1 ? static_cast<std::size_t>(last - first) : 0);
+    for (std::int64_t i = 0; i < per_list; ++i) {
+      attention_kernels().rows(q.vectors(b, head + i), 0, 1, 1.0f, one.data());
+      if (pooling == 1) {
+        token_kernels().score(labels, one.data(), first, last, i ? some.data() : scores);
+        for (std::size_t t = 0; i && t < some.size(); ++t)
+          if (!(some[t] <= scores[t])) scores[t] = std::isnan(scores[t]) ? scores[t] : some[t];
+      } else {
+        for (std::size_t c = 0; c < query.size(); ++c) query[c] += one[c];
       }
-      if (pooling != 1) token_kernels().score(k.vectors(b, key_head), query.data(), first, last, there);
-      if (key_mask)
-        for (std::int64_t key = first; key < last; ++key)
-          if (!key_mask[b * keys + key]) there[key - first] = -std::numeric_limits<float>::infinity();
-      if (!whole) return;
-      std::vector<std::uint32_t> kept;
-      choose(list, kept);
+    }
+    if (pooling != 1) token_kernels().score(labels, query.data(), first, last, scores);
+    if (key_mask)
+      for (std::int64_t key = first; key < last; ++key)
+        if (!key_mask[b * k.length + key]) scores[key - first] = lowest;
+  }
+};
+
+void label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, int threads) {
+  const std::int64_t keys = labels.k.length, stride = (keys + 31) / 16 * 16, all = labels.batch * labels.lists();
+  const auto choose = [&](std::int64_t list, float* scores, const Floats& room) {
+    token_kernels().choose(scores, keys, count, places + list * count, room.get());
+  };
+  if (all >= threads) {  // every thread has lists of its own, and chooses from scores that are still in its cache
+    share_items(all, threads, [&] {
+      struct Scratch {
+        Floats scores, room;
+      };
+      auto scratch = std::make_shared<Scratch>(Scratch{Floats(stride), Floats(2 * stride)});
+      return [&, scratch](std::int64_t list) {
+        labels.score(list, 0, keys, scratch->scores.get());
+        choose(list, scratch->scores.get(), scratch->room);
+      };
+    });
+    return;
+  }
+  const Floats scores(all * stride);
+  const std::int64_t pieces = (keys + kLabels - 1) / kLabels;
+  share_items(all * pieces, threads, [&] {
+    return [&](std::int64_t item) {
+      const std::int64_t list = item / pieces, first = item % pieces * kLabels;
+      labels.score(list, first, std::min(first + kLabels, keys), scores.get() + list * stride + first);
     };
   });
-  if (whole) return;
-  share_items(batch * lists, threads, [&] {
-    return [&](std::int64_t list) {
-      std::vector<std::uint32_t> kept;
-      choose(list, kept);
-    };
+  share_items(all, threads, [&] {
+    auto room = std::make_shared<Floats>(2 * stride);
+    return [&, room](std::int64_t list) { choose(list, scores.get() + list * stride, *room); };
   });
 }
 
@@ -180,15 +202,15 @@ void bind_attention_tokens(nb::module_& m) {
     const nb::gil_scoped_release unlocked;
     const Lists chosen{lists, length, places, wide, reinterpret_cast<const std::int64_t*>(counts),
                        std::max(threads, 1), scale};
-    gather(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse));
+    return gather(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse));
   });
   m.def("attention_label_topk", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
                                    const nb::tuple& k,
                                    int pooling, Address key_mask, std::int64_t count, Address places, int threads) {
-    const Heads all[] = {Heads::from(q), Heads::from(k)};
+    const Labels labels{batch, heads, key_heads, Heads::from(q), Heads::from(k), pooling,
+                        reinterpret_cast<const std::uint8_t*>(key_mask)};
     const nb::gil_scoped_release unlocked;
-    label_topk(batch, heads, key_heads, all[0], all[1], pooling, reinterpret_cast<const std::uint8_t*>(key_mask), count,
-               reinterpret_cast<std::int64_t*>(places), std::max(threads, 1));
+    label_topk(labels, count, reinterpret_cast<std::int64_t*>(places), std::max(threads, 1));
   });
 }
 

@@ -18,6 +18,7 @@ namespace gossamer {
 void bind_attention(nb::module_& m);
 void bind_attention_backward(nb::module_& m);
 void bind_attention_tokens(nb::module_& m);
+void bind_block_choice(nb::module_& m);
 void bind_blocks(nb::module_& m);
 void bind_channel_histogram(nb::module_& m);
 void bind_channels(nb::module_& m);
@@ -68,6 +69,7 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_attention_backward(m);
   bind_attention_tokens(m);
+  bind_block_choice(m);
   bind_blocks(m);
   bind_channel_histogram(m);
   bind_channels(m);

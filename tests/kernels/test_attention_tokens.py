@@ -94,8 +94,30 @@ def test_labels_choose_the_highest_scores_and_of_equal_ones_the_lower(way, keys,
                     assert found[b, h].tolist() == best(scores.tolist(), count)
 
 
-def test_a_nan_label_is_chosen(way):
-    q, k = draw(1, 1, 8), draw(1, 1, 60, 8, seed=1)
+@pytest.mark.parametrize(
+    "kind", ["deceptive", "equal", "two values", "falling", "rising", "infinite", "zeros of both signs"]
+)
+@pytest.mark.parametrize("count", [1, 60, 700, 4000, 8191])
+def test_a_sample_that_deceives_changes_nothing(way, kind, count):
+    keys = 8192  # of which every eighth is looked at first
+    place = torch.arange(keys, dtype=torch.float32)
+    noise = draw(keys)
+    scores = {
+        "deceptive": torch.where(place % 8 == 0, noise.abs() + 10, noise),
+        "equal": torch.ones(keys),
+        "two values": torch.where(place % 3 == 0, 2.0, -1.0),
+        "falling": -place,
+        "rising": place - keys / 2,
+        "infinite": noise.masked_fill(noise > 1, float("inf")).masked_fill(noise < -1, float("-inf")),
+        "zeros of both signs": torch.where(place % 2 == 0, 0.0, -0.0),
+    }[kind]
+    q, k = torch.ones(1, 1, 1), scores[None, None, :, None].contiguous()
+    assert label_topk(q, k, count)[0, 0].tolist() == best(scores.tolist(), count)
+
+
+@pytest.mark.parametrize("keys", [60, 6000])
+def test_a_nan_label_is_chosen(way, keys):
+    q, k = draw(1, 1, 8), draw(1, 1, keys, 8, seed=1)
     k[0, 0, 37, 2] = float("nan")
     for pooling in ("sum", "max", None):
         assert 37 in label_topk(q, k, 3, pooling=pooling)[0, 0].tolist()

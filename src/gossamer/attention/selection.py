@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.block_choice import best_blocks, heaviest_blocks
 
 
 def top_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor, always: Tensor | None = None) -> Tensor:
@@ -35,8 +36,7 @@ def top_blocks(scores: Tensor, keep: int | Tensor, allowed: Tensor, always: Tens
     counts = torch.as_tensor(keep, device=scores.device)
     if bool((counts < 1).any()):
         raise ConfigurationError(f"keep is {int(counts.min())}; every row of queries must read at least one block")
-    best = (ranks(_forced(scores, allowed, always)) < counts[..., None]) & allowed
-    return best if always is None else best | (always & allowed)
+    return best_blocks(scores, counts, allowed, always)
 
 
 def mass_blocks(scores: Tensor, threshold: float | Tensor, allowed: Tensor, always: Tensor | None = None) -> Tensor:
@@ -62,16 +62,7 @@ def mass_blocks(scores: Tensor, threshold: float | Tensor, allowed: Tensor, alwa
     share = torch.as_tensor(threshold, dtype=torch.float64, device=scores.device)
     if not bool(((share > 0) & (share <= 1)).all()):
         raise ConfigurationError(f"threshold is {threshold}; it must be in (0, 1], where 1 reads everything")
-    if share.dim():
-        share = share[:, None, None]
-    mass = torch.where(allowed, scores, 0).double()
-    order = _forced(scores, allowed, always).argsort(dim=-1, descending=True, stable=True)
-    ordered = mass.gather(-1, order)
-    # sums of many small numbers stop growing in half precision
-    before = ordered.cumsum(-1) - ordered
-    wanted = (before < share * mass.sum(-1, keepdim=True)) | (share == 1)
-    kept = torch.zeros_like(wanted).scatter(-1, order, wanted) & allowed
-    return kept if always is None else kept | (always & allowed)
+    return heaviest_blocks(scores, share[:, None] if share.dim() else share, allowed, always)
 
 
 def sinks_and_diagonal(geometry: BlockMask, sinks: int = 1, recent: int = 1, key_mask: Tensor | None = None) -> Tensor:
@@ -93,18 +84,12 @@ def sinks_and_diagonal(geometry: BlockMask, sinks: int = 1, recent: int = 1, key
     Tensor
         Bool ``(query blocks, key blocks)``, or ``(batch, 1, query blocks, key blocks)`` where there is padding.
     """
+    if key_mask is None:
+        return geometry.geometry.ends(sinks, recent)
+    first = (key_mask.int().argmax(-1) // geometry.block_size[1])[:, None, None, None]
     columns = torch.arange(geometry.grid[1], device=geometry.blocks.device)
-    last = geometry.diagonal[:, None]
-    near = (columns <= last) & (columns > last - recent)
-    first = torch.zeros((), dtype=torch.int64, device=columns.device)
-    if key_mask is not None:
-        first = (key_mask.int().argmax(-1) // geometry.block_size[1])[:, None, None, None]
-    return (((columns >= first) & (columns < first + sinks)) | near) & geometry.allowed
-
-
-def _forced(scores: Tensor, allowed: Tensor, always: Tensor | None) -> Tensor:
-    found = scores.masked_fill(~allowed, float("-inf"))
-    return found if always is None else found.masked_fill(always & allowed, float("inf"))
+    begin = (columns >= first) & (columns < first + sinks) & geometry.allowed
+    return begin | geometry.geometry.ends(0, recent)
 
 
 def ranks(scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Scores of blocks become a :class:`BlockMask`, kernels read one, and FlexAttentio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gossamer.core.block_geometry import BlockGeometry, block_count
 from gossamer.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
-
-
-def block_count(length: int, size: int) -> int:
-    """Number of blocks that cover a length; the last may be shorter."""
-    return -(-length // size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +36,8 @@ class BlockMask:
     causal
         Whether query i reads only keys j ≤ i + key_length − query_length: sequences are aligned at their ends. Blocks
         on the edge then are triangles, and blocks behind it are not kept, whatever was asked for.
+    geometry
+        What masks of these lengths and this block size have in common.
 
     Raises
     ------
@@ -52,9 +50,11 @@ class BlockMask:
     key_length: int
     block_size: tuple[int, int] = (64, 64)
     causal: bool = True
+    geometry: BlockGeometry = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_geometry(self.query_length, self.key_length, self.block_size, self.causal)
+        about = (self.query_length, self.key_length, self.block_size, self.causal, self.blocks.device)
+        object.__setattr__(self, "geometry", BlockGeometry.of(*about))
         wanted = self.grid
         if self.blocks.dim() != 4 or tuple(self.blocks.shape[-2:]) != wanted or self.blocks.dtype is not torch.bool:
             raise ConfigurationError(
@@ -89,9 +89,8 @@ class BlockMask:
         """
         size = _pair(block_size)
         keys = query_length if key_length is None else key_length
-        _check_geometry(query_length, keys, size, causal)
-        grid = (1, 1, block_count(query_length, size[0]), block_count(keys, size[1]))
-        return cls(torch.ones(grid, dtype=torch.bool, device=device), query_length, keys, size, causal)
+        grid = BlockGeometry(query_length, keys, size, causal, torch.device("cpu")).grid
+        return cls(torch.ones(1, 1, *grid, dtype=torch.bool, device=device), query_length, keys, size, causal)
 
     @classmethod
     def from_tokens(cls, links: Tensor, block_size: int | tuple[int, int] = 64, causal: bool = True) -> BlockMask:
@@ -105,39 +104,22 @@ class BlockMask:
     @property
     def grid(self) -> tuple[int, int]:
         """Blocks of queries, blocks of keys."""
-        return block_count(self.query_length, self.block_size[0]), block_count(self.key_length, self.block_size[1])
+        return self.geometry.grid
 
-    @cached_property
+    @property
     def allowed(self) -> Tensor:
-        """Blocks with any pair that causality allows, ``(query blocks, key blocks)``."""
-        rows, columns = self.grid
-        if not self.causal:
-            return torch.ones(rows, columns, dtype=torch.bool, device=self.blocks.device)
-        last = self._last_queries + (self.key_length - self.query_length)
-        first_keys = torch.arange(columns, device=self.blocks.device) * self.block_size[1]
-        return first_keys <= last[:, None]
+        """Blocks with any pair that causality allows, ``(query blocks, key blocks)``; not to be written to."""
+        return self.geometry.allowed
 
     @property
     def diagonal(self) -> Tensor:
         """The block of each block of queries that holds its last query's own key, ``(query blocks,)``."""
-        return (self._last_queries + self.key_length - self.query_length) // self.block_size[1]
+        return self.geometry.diagonal
 
     @property
-    def _last_queries(self) -> Tensor:
-        ends = (torch.arange(self.grid[0], device=self.blocks.device) + 1) * self.block_size[0]
-        return ends.clamp(max=self.query_length) - 1
-
-    @cached_property
     def pairs(self) -> Tensor:
         """Query–key pairs that each block allows, int64 ``(query blocks, key blocks)``."""
-        starts = torch.arange(self.grid[1], device=self.blocks.device) * self.block_size[1]
-        widths = (self.key_length - starts).clamp(max=self.block_size[1])
-        firsts = torch.arange(self.grid[0], device=self.blocks.device)[:, None] * self.block_size[0]
-        ends = self._last_queries[:, None] + 1
-        if not self.causal:
-            return (ends - firsts) * widths
-        seen = self.key_length - self.query_length + 1 - starts  # keys of a block that the first query reads, unclipped
-        return _clipped_sum(seen + ends, widths) - _clipped_sum(seen + firsts, widths)
+        return self.geometry.pairs
 
     @property
     def density(self) -> float:
@@ -148,7 +130,7 @@ class BlockMask:
     def densities(self) -> Tensor:
         """:attr:`density` of every head, float64 ``(batch, heads)``."""
         kept = torch.where(self.blocks, self.pairs, 0).sum((-2, -1))
-        return kept.double() / float(self.pairs.sum())
+        return kept.double() / self.geometry.pair_count
 
     @cached_property
     def _lists(self) -> tuple[Tensor, Tensor]:
@@ -182,7 +164,11 @@ class BlockMask:
         return links
 
     def to_flex(self) -> FlexBlockMask:
-        """The same for ``torch.nn.attention.flex_attention``."""
+        """The same for ``torch.nn.attention.flex_attention``.
+
+        Its compiled kernels skip blocks by their lists, but uncompiled it looks at the function of tokens alone, which
+        therefore knows the blocks as well.
+        """
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         complete = self.pairs == self.block_size[0] * self.block_size[1]
@@ -199,10 +185,13 @@ class BlockMask:
     def _mask_mod(self):  # type: ignore[no-untyped-def]
         shift, causal = self.key_length - self.query_length, self.causal
         queries, keys = self.query_length, self.key_length
+        blocks, (rows, columns) = self.blocks, self.block_size
+        batches, heads = blocks.shape[:2]
 
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             inside = (query < queries) & (key < keys)
-            return inside & (key <= query + shift) if causal else inside
+            inside = inside & (key <= query + shift) if causal else inside
+            return inside & blocks[batch % batches, head % heads, query // rows, key // columns]
 
         return allowed
 
@@ -317,27 +306,10 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _check_geometry(queries: int, keys: int, size: tuple[int, int], causal: bool) -> None:
-    if min(size) < 1:
-        raise ConfigurationError(f"block_size is {size}; it must be 1 or more, such as 64")
-    if queries < 1 or keys < 1:
-        raise ConfigurationError(f"{queries} queries and {keys} keys; there must be at least one of each")
-    if causal and queries > keys:
-        raise ConfigurationError(
-            f"{queries} queries but {keys} keys; causal attention needs at least as many keys as queries"
-        )
-
-
 def _any_of_tiles(links: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = block_count(links.shape[-2], size[0]), block_count(links.shape[-1], size[1])
     padded = pad(links, (0, columns * size[1] - links.shape[-1], 0, rows * size[0] - links.shape[-2]))
     return padded.unflatten(-1, (columns, size[1])).unflatten(-3, (rows, size[0])).any(-1).any(-2)
-
-
-def _clipped_sum(end: Tensor, width: Tensor) -> Tensor:
-    """Σ min(t, width) over 0 ≤ t < end."""
-    short = end.clamp(min=0).minimum(width)
-    return short * (short - 1) // 2 + (end - width).clamp(min=0) * width
 
 
 def _compressed(blocks: Tensor) -> tuple[Tensor, Tensor]:

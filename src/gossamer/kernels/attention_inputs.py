@@ -26,21 +26,17 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
                 f"{name} is {tuple(x.shape)} {x.dtype}; it must be (batch, heads, tokens, head size) in float32, "
                 f"bfloat16, float16 or float64"
             )
-    if (
-        k.shape[0] != q.shape[0]
-        or k.shape[3] != q.shape[3]
-        or not k.shape[3]
-        or k.shape[1] < 1
-        or q.shape[1] % k.shape[1]
-    ):
+    (batch, heads, _, size), (key_batch, key_heads, _, key_size) = q.shape, k.shape
+    if key_batch != batch or key_size != size or not size or key_heads < 1 or heads % key_heads:
         raise ConfigurationError(
             f"q is {tuple(q.shape)} and k {tuple(k.shape)}; batch and head size must be equal, the size at least "
             f"1, and the heads of q a multiple of those of k"
         )
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ConfigurationError(f"k is {tuple(k.shape)} and v {tuple(v.shape)}; all but the head size must be equal")
-    if any(x is not None and (x.dtype != q.dtype or x.device != q.device) for x in (k, v)):
-        raise ConfigurationError("q, k and v have different dtypes or devices; convert them to one")
+    for x in (k, v):
+        if x is not None and (x.dtype != q.dtype or x.device != q.device):
+            raise ConfigurationError("q, k and v have different dtypes or devices; convert them to one")
 
 
 def check_lengths(q: Tensor, k: Tensor, causal: bool) -> None:
@@ -122,7 +118,7 @@ def check_indices(indices: Tensor, counts: Tensor | None, q: Tensor, k: Tensor) 
     Raises
     ------
     ConfigurationError
-        If shapes or dtypes do not fit, or one lies outside the keys.
+        If shapes, dtypes or lengths do not fit.
     """
     heads = (q.shape[1], k.shape[1])
     fits = indices.dim() == 3 and indices.shape[0] == q.shape[0] and indices.shape[1] in heads
@@ -140,7 +136,17 @@ def check_indices(indices: Tensor, counts: Tensor | None, q: Tensor, k: Tensor) 
         raise ConfigurationError(
             f"counts go from {int(counts.min())} to {int(counts.max())}; they must lie in 0 … {indices.shape[2]}"
         )
+
+
+def check_places(indices: Tensor, k: Tensor) -> None:
+    """Check that all listed keys exist.
+
+    Raises
+    ------
+    ConfigurationError
+        If one lies outside the keys.
+    """
     if indices.numel():
-        low, high = torch.aminmax(indices)
-        if int(low) < 0 or int(high) >= k.shape[2]:
-            raise ConfigurationError(f"indices go from {int(low)} to {int(high)}; there are keys 0 … {k.shape[2] - 1}")
+        low, high = (int(x) for x in torch.aminmax(indices))
+        if low < 0 or high >= k.shape[2]:
+            raise ConfigurationError(f"indices go from {low} to {high}; there are keys 0 … {k.shape[2] - 1}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.kernels.attention_inputs import check_places
 from gossamer.kernels.attention_reference import Visibility
 from gossamer.kernels.native import VALUE_CODES, native, offers
 
@@ -14,7 +15,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def suits(name: str, *tensors: Tensor) -> bool:
     """Whether there is compiled code of this name for tensors of these devices and dtypes."""
-    return all(x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors) and offers(name)
+    for x in tensors:
+        if not x.is_cpu or x.dtype not in _DTYPES:
+            return False
+    return offers(name)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, visible: Visibility, scale: float) -> tuple[Tensor, Tensor]:
@@ -77,18 +81,30 @@ def antidiagonal_mass(
 
 
 def gather(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """:func:`gossamer.kernels.attention_reference.gather`."""
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`gossamer.kernels.attention_reference.gather`, which looks at places before it reads there.
+
+    A step of decoding takes so little time that a tensor less to make, log-sum-exps that nobody wants, can be felt.
+
+    Raises
+    ------
+    ConfigurationError
+        If a listed key does not exist.
+    """
     outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    q, k, v, indices = adjacent(q), adjacent(k), adjacent(v), indices.contiguous()
+    lse = torch.empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+    q, k, v = adjacent(q), adjacent(k), adjacent(v)
+    indices = indices if indices.is_contiguous() else indices.contiguous()
     counts = None if counts is None else counts.long().contiguous()
-    native().attention_gather(
+    inside = native().attention_gather(
         *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _heads(v)),
         *(indices.shape[1], indices.shape[2], indices.data_ptr(), indices.dtype == torch.int64),
-        *(0 if counts is None else counts.data_ptr(), scale, torch.get_num_threads(), _heads(outputs), lse.data_ptr()),
+        *(0 if counts is None else counts.data_ptr(), scale, torch.get_num_threads()),
+        *(_heads(outputs), 0 if lse is None else lse.data_ptr()),
     )
+    if not inside:
+        check_places(indices, k)
     return outputs, lse
 
 
@@ -106,13 +122,12 @@ def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, poolin
 
 
 def adjacent(x: Tensor) -> Tensor:
-    """`x` without gradients, the numbers of a vector side by side."""
-    x = x.detach()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """`x` for compiled code, the numbers of a vector side by side."""
+    return x if x.stride(-1) == 1 else x.detach().contiguous()
 
 
 def _heads(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.shape[2], x.shape[3], VALUE_CODES[x.dtype])
+    return (x.data_ptr(), *x.stride()[:3], *x.shape[2:], VALUE_CODES[x.dtype])
 
 
 def _problem(q: Tensor, k: Tensor, visible: Visibility, scale: float) -> tuple[tuple[float, ...], list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def gather_attention(
 ) -> tuple[Tensor, Tensor]:
     """:func:`gossamer.kernels.attention_passes.gather`, with indices checked."""
     check_indices(indices, counts, q, k)
-    return passes.gather(q, k, v, indices, counts, scale)
+    return cast(tuple[Tensor, Tensor], passes.gather(q, k, v, indices, counts, scale))
 
 
 @gather_attention.register_fake

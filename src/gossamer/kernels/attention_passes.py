@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gossamer.kernels import attention_native as compiled
 from gossamer.kernels import attention_reference as reference
 from gossamer.kernels import attention_triton as graphics
+from gossamer.kernels.attention_inputs import check_places
 from gossamer.kernels.attention_reference import Visibility
 
 
@@ -49,18 +51,26 @@ def antidiagonal_mass(
 
 
 def gather(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs over listed keys, and log-sum-exps."""
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float, with_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs over listed keys, and log-sum-exps if they are wanted, without gradients.
+
+    Raises
+    ------
+    ConfigurationError
+        If a listed key does not exist.
+    """
     if compiled.suits("attention_gather", q, k, v):
-        return compiled.gather(q, k, v, indices, counts, scale)
-    if graphics.suits(q, k, v):
-        return graphics.gather(q, k, v, indices, counts, scale)
-    return reference.gather(q, k, v, indices, counts, scale)
+        return compiled.gather(q, k, v, indices, counts, scale, with_lse)
+    check_places(indices, k)
+    with torch.no_grad():
+        chosen = graphics if graphics.suits(q, k, v) else reference
+        return chosen.gather(q, k, v, indices, counts, scale)
 
 
 def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
     """The keys whose labels agree best with the queries'."""
     if count and compiled.suits("attention_label_topk", q, k):
         return compiled.label_topk(q, k, count, key_mask, pooling)
-    return reference.label_topk(q, k, count, key_mask, pooling)
+    with torch.no_grad():
+        return reference.label_topk(q, k, count, key_mask, pooling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -53,12 +53,11 @@ def gather_attention(
     check_heads(q, k, v)
     factor = scale_of(q, scale)
     if torch.compiler.is_compiling():
-        found = operators.gather_attention(q, k, v, indices, counts, factor)
+        found: tuple[Tensor, Tensor | None] = operators.gather_attention(q, k, v, indices, counts, factor)
     else:
         check_indices(indices, counts, q, k)
-        with torch.no_grad():
-            found = passes.gather(q, k, v, indices, counts, factor)
-    return found if return_lse else found[0]
+        found = passes.gather(q, k, v, indices, counts, factor, return_lse)
+    return cast(tuple[Tensor, Tensor], found) if return_lse else found[0]
 
 
 def label_topk(
@@ -96,7 +95,7 @@ def label_topk(
     ConfigurationError
         If shapes, dtypes or count do not fit.
     """
-    queries = q_labels[:, :, None] if q_labels.dim() == 3 else q_labels
+    queries = q_labels.unsqueeze(2) if q_labels.dim() == 3 else q_labels
     check_heads(queries, k_labels)
     check_key_mask(key_mask, k_labels)
     if count < 1 or queries.shape[2] != 1:
@@ -109,8 +108,7 @@ def label_topk(
     count = min(count, k_labels.shape[2])
     if torch.compiler.is_compiling():
         return operators.label_topk(queries, k_labels, count, key_mask, pooling)
-    with torch.no_grad():
-        return passes.label_topk(queries, k_labels, count, key_mask, pooling)
+    return passes.label_topk(queries, k_labels, count, key_mask, pooling)
 
 
 def page_scores(q: Tensor, page_minimum: Tensor, page_maximum: Tensor) -> Tensor:
