@@ -19,6 +19,7 @@ namespace {
 constexpr int kPromptTile = 32;              // tokens of a prompt that go through the layers together
 constexpr std::int64_t kRowsAtOnce = 32768;  // weights that several tokens use while they are in the cache
 constexpr std::int64_t kPanel = 16;          // rows that are computed side by side
+constexpr std::int64_t kDensePanel = 12;     // the same of dense rows, or half as many
 constexpr int kNote = 16;                    // floats behind each partial result of attention: maximum and sum
 
 std::int64_t padded(std::int64_t count) { return (count + 63) / 64 * 64; }
@@ -297,9 +298,10 @@ class Decoder::Run {
   void in_pieces(const Member& self, const Matrix& matrix, std::size_t place, Use&& use) const {
     const auto [first, last] = rows(self, matrix, place);
     const std::int64_t weights = matrix.kind == Matrix::Kind::nibbles || matrix.rounded ? 4 * kRowsAtOnce : kRowsAtOnce;
-    const std::int64_t fitting = weights / std::max<std::int64_t>(1, matrix.columns) / kPanel * kPanel;
+    const std::int64_t panel = matrix.kind == Matrix::Kind::dense ? kDensePanel : kPanel;
+    const std::int64_t fitting = weights / std::max<std::int64_t>(1, matrix.columns) / panel * panel;
     const bool whole = self.tokens == 1 || matrix.kind == Matrix::Kind::channels;
-    const std::int64_t step = whole ? last - first : std::max(kPanel, fitting);
+    const std::int64_t step = whole ? last - first : std::max(panel, fitting);
     for (std::int64_t row = first; row < last; row += step) use(row, std::min(row + step, last));
   }
 
