@@ -194,10 +194,10 @@ void label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, 
 }  // namespace
 
 void bind_attention_tokens(nb::module_& m) {
-  m.def("attention_gather", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
-                               const nb::tuple& k, const nb::tuple& v, std::int64_t lists, std::int64_t length,
-                               Address places, bool wide, Address counts, float scale, int threads,
-                               const nb::tuple& outputs, Address lse) {
+  m.def("attention_gather_listed", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads,
+                                      const nb::tuple& q, const nb::tuple& k, const nb::tuple& v, std::int64_t lists,
+                                      std::int64_t length, Address places, bool wide, Address counts, float scale,
+                                      int threads, const nb::tuple& outputs, Address lse) {
     const Heads all[] = {Heads::from(q), Heads::from(k), Heads::from(v), Heads::from(outputs)};
     const nb::gil_scoped_release unlocked;
     const Lists chosen{lists, length, places, wide, reinterpret_cast<const std::int64_t*>(counts),

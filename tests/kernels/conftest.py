@@ -24,7 +24,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(attention_native, "offers", lambda name: False)
         yield request.param
     else:
-        if not all(native.offers(f"attention_{part}") for part in ("forward", "backward", "gather")):
+        if not all(native.offers(f"attention_{part}") for part in ("forward", "backward", "gather_listed")):
             pytest.skip("the compiled kernels are older than attention")
         with native.using(request.param):
             yield request.param

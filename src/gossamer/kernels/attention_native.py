@@ -97,7 +97,7 @@ def gather(
     q, k, v = adjacent(q), adjacent(k), adjacent(v)
     indices = indices if indices.is_contiguous() else indices.contiguous()
     counts = None if counts is None else counts.long().contiguous()
-    inside = native().attention_gather(
+    inside = native().attention_gather_listed(
         *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _heads(v)),
         *(indices.shape[1], indices.shape[2], indices.data_ptr(), indices.dtype == torch.int64),
         *(0 if counts is None else counts.data_ptr(), scale, torch.get_num_threads()),

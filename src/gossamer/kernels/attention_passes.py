@@ -60,7 +60,7 @@ def gather(
     ConfigurationError
         If a listed key does not exist.
     """
-    if compiled.suits("attention_gather", q, k, v):
+    if compiled.suits("attention_gather_listed", q, k, v):
         return compiled.gather(q, k, v, indices, counts, scale, with_lse)
     check_places(indices, k)
     with torch.no_grad():
