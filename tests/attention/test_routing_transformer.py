@@ -171,9 +171,18 @@ def test_as_published_nothing_is_read_from_later_tokens():
         assert torch.equal(one[:, :, :5], two[:, :, :5])
 
 
-@pytest.mark.parametrize("options", [{}, {"strict_causal": True}, {"shared_qk": False}, {"causal": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 6},
+        {"strict_causal": True, "window": 6},
+        {"shared_qk": False},
+        {"causal": False},
+        {"local_heads": 0},
+    ],
+)
 def test_a_padded_sequence_gives_what_it_gives_alone(options):
-    model = layer(**options, window=6).train()
+    model = layer(**options).train()
     x = draw(2, 20, 16)
     padding = torch.arange(20) >= torch.tensor([[20], [13]])
     x[1, 13:] = float("nan")
@@ -185,12 +194,25 @@ def test_a_padded_sequence_gives_what_it_gives_alone(options):
     assert (both[1, 13:] == 0).all()
 
 
-def test_padding_on_the_left_is_the_same_without_local_pieces():
-    model = layer(local_heads=0, window=6).eval()
+@pytest.mark.parametrize("options", [{}, {"window": 6, "strict_causal": True}, {"causal": False}, {"local_heads": 4}])
+def test_padding_on_the_left_changes_nothing(options):
+    model = layer(**options).train()
+    model(draw(1, 40, 16, seed=3))
+    model.eval()
     x = draw(1, 13, 16)
     padded = torch.cat([draw(1, 7, 16, seed=5), x], 1)
     got, _ = model(padded, torch.arange(20)[None] < 7)
     torch.testing.assert_close(got[:, 7:], model(x)[0])
+    assert (got[:, :7] == 0).all()
+
+
+def test_positions_of_a_language_model_begin_with_the_first_real_token():
+    torch.manual_seed(0)
+    model = RoutingTransformerLM(30, 16, 2, 4, 3, local_window=4, max_length=20).eval()
+    tokens = torch.randint(30, (1, 13), generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(tokens, (7, 0))
+    got, _ = model(padded, torch.arange(20)[None] < 7)
+    torch.testing.assert_close(got[:, 7:], model(tokens)[0])
 
 
 def test_centroids_move_once_for_each_training_pass_and_never_in_evaluation():

@@ -19,7 +19,7 @@ SELF_SCORE = -5e4
 """Score of a token with itself where queries are keys: it would always be its own best match."""
 
 
-def balanced_topk_route(scores: Tensor, window: int, mask: Tensor | None = None) -> Tensor:
+def balanced_topk_route(scores: Tensor, window: int | Tensor, mask: Tensor | None = None) -> Tensor:
     """Let every cluster take the tokens that it scores highest, equally many of them.
 
     A token may be taken by several clusters or by none. Note that a cluster looks at the whole sequence: a later token
@@ -30,28 +30,32 @@ def balanced_topk_route(scores: Tensor, window: int, mask: Tensor | None = None)
     scores
         Of tokens for clusters, ``(batch, heads, n, clusters)``.
     window
-        Tokens of a cluster; all n where there are fewer.
+        Tokens of a cluster; all n where there are fewer. For every sample its own if given as ``(batch,)``.
     mask
         Bool ``(batch, n)``, True for real tokens; all by default.
 
     Returns
     -------
     Tensor
-        Positions ``(batch, heads, clusters, min(window, n))`` int64, ascending. Where too few tokens are real the last
-        are n, which is no token.
+        Positions ``(batch, heads, clusters, min(window, n))`` int64, ascending, of the largest window. Where a window
+        is smaller or too few tokens are real the last are n, which is no token.
 
     Raises
     ------
     ConfigurationError
         If the window is below 1.
     """
-    if window < 1:
-        raise ConfigurationError(f"window is {window}; a cluster needs at least 1 token")
+    largest = int(window.max()) if isinstance(window, Tensor) else window
+    if largest < 1:
+        raise ConfigurationError(f"window is {largest}; a cluster needs at least 1 token")
     length = scores.shape[2]
     turned = scores.transpose(-1, -2)
     if mask is not None:
         turned = turned.masked_fill(~mask[:, None, None], -math.inf)
-    best, chosen = turned.topk(min(window, length), dim=-1, sorted=False)
+    best, chosen = turned.topk(min(largest, length), dim=-1, sorted=isinstance(window, Tensor))
+    if isinstance(window, Tensor):
+        places = torch.arange(chosen.shape[-1], device=chosen.device)
+        chosen = chosen.masked_fill(places >= window[:, None, None, None], length)
     if mask is not None:
         chosen = chosen.masked_fill(best == -math.inf, length)
     return chosen.sort(-1).values

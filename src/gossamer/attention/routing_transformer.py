@@ -53,7 +53,8 @@ class RoutingAttention(nn.Module):
     num_clusters
         c; about the root of the length is cheapest.
     window
-        w, tokens of a cluster. By default n / c, rounded up; all n where there are fewer.
+        w, tokens of a cluster. By default n / c, rounded up, for the n real tokens of each sample; all n where there
+        are fewer.
     causal
         Whether a token reads no later one.
     shared_qk
@@ -137,7 +138,7 @@ class RoutingAttention(nn.Module):
             Any length.
         key_padding_mask
             Bool ``(batch, n)``, True for padding, as in :class:`torch.nn.MultiheadAttention`. Padding is neither read
-            nor clustered, and its own output is zero.
+            nor clustered, and its own output is zero; wherever it lies, real tokens give what they give without it.
 
         Returns
         -------
@@ -150,8 +151,17 @@ class RoutingAttention(nn.Module):
             If a shape does not fit.
         """
         mask = self._mask(x, key_padding_mask)
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
+        if mask is None:
+            return self._attend(x, None)
+        # real tokens in front: pieces and windows begin with the first of them
+        order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        mask = mask.gather(1, order)
+        places = order[..., None].expand_as(x)
+        out, loss = self._attend(x.gather(1, places).masked_fill(~mask[..., None], 0), mask)
+        return torch.zeros_like(out).scatter(1, places, out), loss
+
+    def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention of ``(batch, n, dim)``, of which real tokens, True in the mask, come first."""
         heads, loss = [], x.new_zeros(())
         if self.local_heads:
             q, k, v = self._heads(self.local_projection(x), 3)
@@ -179,15 +189,22 @@ class RoutingAttention(nn.Module):
             for part, near in zip(asked, nearest):
                 self.kmeans.observe(part, mask, 1 / len(asked), near)  # queries and keys count half each
         loss = sum((self._distance(part, near, mask) for part, near in zip(asked, nearest)), x.new_zeros(()))
-        length = x.shape[1]
-        window = self.window or -(-length // self.kmeans.num_clusters)
         if self.strict_causal:
-            mixed = ordered_attention(q, k, v, nearest[0], window, mask)
+            assert self.window is not None
+            mixed = ordered_attention(q, k, v, nearest[0], self.window, mask)
         else:
+            window = self._window(x.shape[1], mask)
             places = [balanced_topk_route(part, window, mask) for part in scores]
             members = Members(places[0], places[-1])
             mixed = clustered_attention(q, k, v, members, causal=self.causal, shared=self.shared_qk)
         return mixed, self.commitment * loss / len(asked)
+
+    def _window(self, length: int, mask: Tensor | None) -> int | Tensor:
+        """Tokens of a cluster; of every sample ``(batch,)`` where padding makes them differ."""
+        clusters = self.kmeans.num_clusters
+        if self.window is not None or mask is None:
+            return self.window or -(-length // clusters)
+        return -(-mask.sum(1) // clusters)
 
     def _move_centroids(self, asked: tuple[Tensor, ...], mask: Tensor | None) -> None:
         """Place them at first, and later by what the last training pass has shown."""
@@ -383,9 +400,16 @@ class RoutingTransformerLM(nn.Module):
                 raise ConfigurationError(
                     f"the sequence has {tokens.shape[1]} tokens; max_length is {self.max_length}, build a longer model"
                 )
-            x = x + self.position.weight[: tokens.shape[1]]
+            x = x + self._positions(tokens, key_padding_mask)
         total = x.new_zeros(())
         for layer in self.layers:
             x, loss = layer(x, key_padding_mask)
             total = total + loss
         return self.head(self.norm(x)), total
+
+    def _positions(self, tokens: Tensor, padding: Tensor | None) -> Tensor:
+        """Embeddings of positions, counted from the first real token."""
+        assert self.position is not None
+        if padding is None:
+            return self.position.weight[: tokens.shape[1]]
+        return self.position((~padding).cumsum(1).sub(1).clamp(min=0))
