@@ -185,6 +185,43 @@ class TestAttention:
         for one, other in zip(found, wanted):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
+    def test_training_keeps_no_scores_and_gradients_of_several_chunks_are_right(self, monkeypatch):
+        q, keys, values = drawn(3, 12, batch=1, heads=2)
+        mask = torch.arange(12)[None] > 1
+        leaves = [t.requires_grad_() for t in (q, *keys, *values)]
+        grads, stored = [], []
+
+        def keep(saved):
+            stored[-1].append(saved.numel())
+            return saved
+
+        for chunk in (1 << 20, 400):
+            monkeypatch.setattr(tensor_exact, "_CHUNK", chunk)
+            stored.append([])
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                out = tensor_attention(q, keys, values, causal=True, key_mask=mask)
+            grads.append(torch.autograd.grad(out.square().sum(), leaves))
+        for one, other in zip(*grads):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        largest = [max(sizes) for sizes in stored]
+        assert largest[0] >= 2 * 12**3 > 10 * largest[1]
+
+    @pytest.mark.parametrize("method", ["exact", "polynomial", "topk"])
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e4])
+    def test_what_padding_holds_does_not_matter(self, method, bad):
+        q, keys, values = drawn(3, 6, batch=1)
+        mask = torch.arange(6)[None] < 4
+        wanted = tensor_attention(q, keys, values, method=method, key_mask=mask)
+        spoiled = [[table.clone() for table in tables] for tables in (keys, values)]
+        for table in (*spoiled[0], *spoiled[1]):
+            table[:, :, 4:] = bad
+        found = tensor_attention(q, *spoiled, method=method, key_mask=mask)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        layer = TensorSelfAttention(8, 2, method=method)
+        x = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+        x[:, 4:] = bad
+        assert torch.isfinite(layer(x, mask)).all()
+
     def test_no_score_exceeds_the_bound(self):
         q, keys, _ = drawn(3, 8)
         scores = torch.einsum("bhic,bhjc,bhlc->bhijl", q, *keys) / 3

@@ -80,15 +80,16 @@ def tensor_attention(
     scale
         None means ``1/d``, the paper's, and not ``1/√d``: then entries up to B make scores up to ``B^k``.
     method
-        ``exact`` takes time ``n^k d`` and memory of a chunk; ``polynomial`` time ``n r e`` with ``r = binom(d + g, g)``
-        features; ``topk`` keeps the best tuples of each query, which it finds among all.
+        ``exact`` takes time ``n^k d`` and memory of a chunk, in training as well; ``polynomial`` time ``n r e`` with
+        ``r = binom(d + g, g)`` features; ``topk`` keeps the best tuples of each query, which it finds among all.
     degree, eps, basis
         Of the polynomial: g, or ``auto`` for the smallest whose weights have a relative error of at most eps. The
         bound on scores is measured; entries are never clipped. :func:`plan_polynomial` tells all of it beforehand.
     causal
         Whether tuples with a member later than the query are left out.
     key_mask
-        ``(batch, n)`` bool, False for padding; queries that see nothing give zeros.
+        ``(batch, n)`` bool, False for padding, whose keys and values may be anything; queries that see nothing give
+        zeros.
     count
         Tuples that ``topk`` keeps.
     memory_limit
@@ -119,6 +120,10 @@ def tensor_attention(
         raise ConfigurationError(f"count is {count} tuples; it must be at least 1")
     if method not in ("exact", "polynomial", "topk"):
         raise ConfigurationError(f"method is {method!r}; it must be 'exact', 'polynomial' or 'topk'")
+    if key_mask is not None:
+        # a weight of 0 would not hide a NaN, and a large key would widen the bound of scores
+        hidden = ~key_mask[:, None, :, None]
+        keys, values = ([x.masked_fill(hidden, 0) for x in tables] for tables in (keys, values))
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         # sums over n² tuples would lose most of what they add up
@@ -207,6 +212,8 @@ class TensorSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Tokens ``(batch, n, dim)`` → the same shape; `key_mask` ``(batch, n)`` bool is False for padding."""
+        if key_mask is not None:
+            x = x.masked_fill(~key_mask[..., None], 0)
         out = tensor_attention(
             self._heads(self.query(x)),
             [self._heads(key(x)) for key in self.keys],

@@ -221,25 +221,29 @@ def random_feature_attention(
     features
         r.
     generator
-        Of powers and roots, on the CPU.
+        Of powers and roots, which are drawn on its device; by default torch's own on the CPU.
     """
     if features < 1:
         raise ConfigurationError(f"features is {features}; it must be at least 1")
     width, order = q.shape[-1], len(keys) + 1
     scale = 1 / width if scale is None else scale
-    uniform = torch.rand(features, generator=generator, dtype=torch.float64).clamp_min(2.0**-40)
-    powers = (-torch.log2(uniform)).floor().long()
-    roots = torch.randint(order, (int(powers.max()), width, features), generator=generator)
-    turned = torch.polar(torch.ones((), dtype=torch.float64), 2 * math.pi * roots.double() / order)
-    factor = torch.tensor([scale**t / math.factorial(t) * 2.0 ** (t + 1) for t in powers.tolist()], dtype=torch.float64)
+    drawn_on = None if generator is None else generator.device
+    uniform = torch.rand(features, generator=generator, dtype=torch.float64, device=drawn_on).clamp_min(2.0**-40)
+    powers = (-torch.log2(uniform)).floor().long().to(q.device)
+    shape = (int(powers.max()), width, features)
+    roots = torch.randint(order, shape, generator=generator, device=drawn_on).to(q.device)
+    angles = 2 * math.pi * roots.double() / order
+    turned = torch.polar(torch.ones_like(angles), angles)
+    shares = [scale**t / math.factorial(t) * 2.0 ** (t + 1) for t in powers.tolist()]
+    factor = torch.tensor(shares, dtype=torch.float64, device=q.device)
 
     def drawn(x: Tensor) -> Tensor:
-        found = torch.ones(*x.shape[:-1], features, dtype=torch.complex128)
+        found = torch.ones(*x.shape[:-1], features, dtype=torch.complex128, device=x.device)
         for t, vectors in enumerate(turned):
             found = torch.where(powers > t, found * (x.to(torch.complex128) @ vectors), found)
         return found
 
-    mixed = torch.ones((), dtype=torch.complex128)
+    mixed = torch.ones((), dtype=torch.complex128, device=q.device)
     for key, value in zip(keys, values, strict=True):
         mixed = mixed * (drawn(key).transpose(-1, -2) @ _with_ones(value).to(torch.complex128))
     sums = ((drawn(q) * factor) @ mixed).real
