@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -320,9 +321,24 @@ def test_fine_steps_leave_the_network_as_it_was():
     assert type(plain[0]) is nn.Conv2d
 
 
-def test_the_example_tells_how_many_products_a_change_costs():
+@pytest.mark.parametrize("options", [{}, {"groups": 8}, {"groups": 8, "stride": 2}, {"groups": 2, "stride": 3}])
+def test_the_example_tells_how_many_products_a_change_costs(options):
+    """Fan-outs are products of a frame, as they are counted for its cost, over the neurons that take part in them."""
+    torch.manual_seed(0)
+    middle = nn.Conv2d(8, 8, 3, padding=1, **options)
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU()]
+    plain = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    model = to_delta(plain, torch.rand(1, 2, 9, 9))
+    neurons = [2 * 81, 8 * 81, plain[:3](torch.rand(1, 2, 9, 9)).numel(), 16]
+    costs = [layer.dense for layer in frame_ops(plain, torch.rand(1, 1, 2, 9, 9)).layers]
+    fan_outs = [layer.fan_out for layer in model.activations()]
+    assert fan_outs == pytest.approx([cost / count for cost, count in zip(costs, neurons)])
+    assert fan_outs[1] < 9 * 8 / middle.groups / math.prod(middle.stride)
+    assert fan_outs[2:] == [16, 5]
+
+
+def test_the_penalty_of_a_model_is_the_sum_over_its_activations():
     model = to_delta(network(), video()[:, 0])
-    assert [layer.fan_out for layer in model.activations()] == [4 * 9, 6 * 9, 10, 3]
     clip = video()
     model(clip)
     total = sum(float(layer.penalty().detach()) for layer in model.activations())
@@ -352,13 +368,36 @@ def test_impossible_models_and_clips_are_refused():
         to_delta(network(), granularity="channel")
     shared = nn.ReLU()
     twice = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
-    with pytest.raises(ConfigurationError, match="more than once"):
+    with pytest.raises(ConfigurationError, match="1 is called more than once"):
         to_delta(twice, torch.rand(1, 4))
+    with pytest.raises(ConfigurationError, match="1 is called more than once"):
+        to_threshold(twice, 0.1)
     model = to_delta(network(), clip[:, 0])
     with pytest.raises(CalibrationError, match="axis of time"):
         model(clip.transpose(1, 3))
     with pytest.raises(ConfigurationError, match="batch norm"):
         model.train().step(clip[:, 0])
+
+
+@pytest.mark.parametrize("example", [None, torch.rand(1, 4)])
+def test_an_activation_that_is_called_twice_for_a_frame_is_refused_at_the_latest_by_the_first(example):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.bend = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.bend(self.second(self.bend(self.first(x))))
+
+    if example is not None:
+        with pytest.raises(ConfigurationError, match="bend is called more than once"):
+            to_delta(Twice(), example)
+        return
+    for model in (to_delta(Twice()), to_threshold(Twice(), 0.1)):
+        with pytest.raises(ConfigurationError, match="bend is called more than once"):
+            model(torch.rand(2, 3, 4))
+        with pytest.raises(ConfigurationError, match="bend is called more than once"):
+            model.eval().step(torch.rand(2, 4))
 
 
 # ------------------------------------------------------------------------------------------------------ threshold

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gossamer.activations.delta_layers import products_of_inputs
 from gossamer.activations.delta_model import DeltaModel
 from gossamer.errors import CalibrationError, TargetError
 
@@ -158,20 +159,3 @@ def _layer_cost(
         zeros=float(1 - live[:, 1:].double().mean()) if later else None,
         state_values=entering[0].numel() + output[0].numel(),
     )
-
-
-def products_of_inputs(module: nn.Module, entering: Tensor) -> Tensor:
-    """In how many products each input of a frame takes part; of a shape that broadcasts to a frame.
-
-    For a convolution this is less at the borders, and with strides it differs from pixel to pixel.
-    """
-    if isinstance(module, nn.Linear):
-        return torch.tensor(float(module.out_features), device=entering.device)
-    if not isinstance(module, nn.Conv2d):
-        raise TargetError(f"products of {type(module).__name__} cannot be counted; nn.Linear and nn.Conv2d can")
-    frame = torch.zeros_like(entering[:1], dtype=torch.float32).requires_grad_()
-    ones = torch.ones_like(module.weight, dtype=torch.float32)
-    with torch.enable_grad():
-        reached = module._conv_forward(frame, ones, None)
-        (products,) = torch.autograd.grad(reached.sum(), frame)
-    return products[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import CalibrationError, ConfigurationError
+from gossamer.errors import CalibrationError, ConfigurationError, TargetError
 from gossamer.kernels.channel_products import delta_linear_
 from gossamer.kernels.channels import ChannelMatrix, lay_by_channels
 from gossamer.kernels.native import available
@@ -214,3 +214,20 @@ class DeltaConv2d(DeltaLayer, nn.Conv2d):
                 kernel = self.weight[:, :, ky, kx].mT[channel[hits]]
                 flat.index_add_(0, place, values[hits] * kernel)
         return flat.view(len(state), rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def products_of_inputs(module: nn.Module, entering: Tensor) -> Tensor:
+    """In how many products each input of a frame takes part; of a shape that broadcasts to a frame.
+
+    For a convolution this is less at the borders, and with strides it differs from pixel to pixel.
+    """
+    if isinstance(module, nn.Linear):
+        return torch.tensor(float(module.out_features), device=entering.device)
+    if not isinstance(module, nn.Conv2d):
+        raise TargetError(f"products of {type(module).__name__} cannot be counted; nn.Linear and nn.Conv2d can")
+    frame = torch.zeros_like(entering[:1], dtype=torch.float32).requires_grad_()
+    ones = torch.ones_like(module.weight, dtype=torch.float32)
+    with torch.enable_grad():
+        reached = module._conv_forward(frame, ones, None)
+        (products,) = torch.autograd.grad(reached.sum(), frame)
+    return products[0]

@@ -16,7 +16,7 @@ from gossamer.activations.delta_activation import (
     Granularity,
     TemporalActivation,
 )
-from gossamer.activations.delta_layers import DeltaConv2d, DeltaLayer, DeltaLinear
+from gossamer.activations.delta_layers import DeltaConv2d, DeltaLayer, DeltaLinear, products_of_inputs
 from gossamer.errors import CalibrationError, ConfigurationError, TargetError
 
 
@@ -34,6 +34,7 @@ class DeltaModel(nn.Module):
     def __init__(self, model: nn.Module, entry: TemporalActivation | None, frame: tuple[int, ...] | None):
         super().__init__()
         self.model, self.entry, self.frame = model, entry, frame
+        self._checked = False
 
     def forward(self, clip: Tensor) -> Tensor:
         """Outputs of all frames, ``(batch, time, …)``, for clips ``(batch, time, …)``.
@@ -42,6 +43,8 @@ class DeltaModel(nn.Module):
         ------
         CalibrationError
             If frames have another shape than the example that the model was made with.
+        ConfigurationError
+            If an activation is called more than once for a frame.
         """
         if clip.dim() < 3 or (self.frame is not None and tuple(clip.shape[2:]) != self.frame):
             wanted = "(batch, time, …)" if self.frame is None else f"(batch, time, {', '.join(map(str, self.frame))})"
@@ -54,7 +57,7 @@ class DeltaModel(nn.Module):
         frames = clip.flatten(0, 1)
         if self.entry is not None:
             frames = self.entry(frames)
-        return self.model(frames).unflatten(0, clip.shape[:2])
+        return self._run(frames).unflatten(0, clip.shape[:2])
 
     @torch.no_grad()
     def step(self, frame: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class DeltaModel(nn.Module):
         Raises
         ------
         ConfigurationError
-            If batch norm is in training mode, which would mix streams.
+            If batch norm is in training mode, which would mix streams, or an activation is called more than once.
         """
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
@@ -72,7 +75,15 @@ class DeltaModel(nn.Module):
                 module.clip_length, module.streaming = None, True
             elif isinstance(module, DeltaLayer):
                 module.streaming = True
-        return self.model(frame if self.entry is None else self.entry(frame))
+        return self._run(frame if self.entry is None else self.entry(frame))
+
+    def _run(self, frames: Tensor) -> Tensor:
+        if self._checked:
+            return self.model(frames)
+        with _called_once(self.model):
+            outputs = self.model(frames)
+        self._checked = True
+        return outputs
 
     def reset(self) -> None:
         """Forget the streams; the next frames are their first."""
@@ -115,7 +126,7 @@ def to_delta(
         Takes ``(batch, …)``; its activations are ``nn.ReLU`` modules. It stays as it is.
     example
         A batch of frames. It is needed for channels and neurons, tells the fan-out of every activation (products per
-        neuron of the layers that run before the next one), and fixes the shape of frames.
+        neuron of the layers that run before the next one, on average over a frame), and fixes the shape of frames.
     granularity, theta_init, rate, learn_theta, theta_gradient
         See :class:`DeltaActivation`.
     quantize_input
@@ -128,7 +139,7 @@ def to_delta(
     TargetError
         If the model has no ``nn.ReLU`` module.
     ConfigurationError
-        If an example is missing, or a ReLU is called more than once.
+        If an example is missing, or a ReLU is called more than once; without an example the first clip shows that.
     """
     if granularity != "layer" and example is None:
         raise ConfigurationError(
@@ -158,6 +169,10 @@ def to_threshold(model: nn.Module, threshold: float, remember: bool = True, at_i
 def _converted(model: nn.Module, make: Callable[[str], nn.Module], refresh_every: int | None) -> nn.Module:
     if not any(isinstance(module, nn.ReLU) for module in model.modules()):
         raise TargetError("the model has no nn.ReLU module; exchange its activations for nn.ReLU first")
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.ReLU) and seen.setdefault(id(module), name) != name:
+            raise _called_again(seen[id(module)])
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         new: nn.Module
@@ -185,16 +200,14 @@ def _trace(model: nn.Module, example: Tensor) -> dict[str, tuple[tuple[int, ...]
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             nonlocal current
             if isinstance(module, nn.ReLU):
-                if name in found:
-                    raise ConfigurationError(f"{name} is called more than once for a frame; give each use an nn.ReLU")
                 found[name], current = (tuple(output.shape[1:]), 0.0), name
             else:
                 shape, fan_out = found[current]
-                found[current] = (shape, fan_out + module.weight[:, 0].numel())  # type: ignore[index,union-attr]
+                found[current] = (shape, fan_out + float(products_of_inputs(module, inputs[0]).mean()))
 
         return hook
 
-    with _hooked(model, seen), torch.no_grad():
+    with _called_once(model), _hooked(model, seen), torch.no_grad():
         model(example)
     return found
 
@@ -211,3 +224,29 @@ def _hooked(model: nn.Module, make: Callable[[str], Callable[..., None]]) -> Ite
         model.train(training)
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _called_once(model: nn.Module) -> Iterator[None]:
+    """Raise at the second call of an activation inside of the context: what two uses remember would be mixed."""
+    called: set[str] = set()
+
+    def once(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name in called:
+                raise _called_again(name)
+            called.add(name)
+
+        return hook
+
+    kinds = (nn.ReLU, TemporalActivation)
+    handles = [m.register_forward_pre_hook(once(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _called_again(name: str) -> ConfigurationError:
+    return ConfigurationError(f"{name} is called more than once for a frame; give each use an nn.ReLU of its own")
