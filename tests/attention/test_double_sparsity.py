@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -372,6 +373,39 @@ def test_rows_are_fetched_ahead_of_layers_that_differ_too(model, tokens):
         assert all(0 < rate < 1 for rate in rules.hits.rates.values())
 
 
+def test_an_order_can_be_given_and_is_kept_by_copies(model, tokens, tmp_path):
+    rules = DoubleSparsity(tokens=9, channels=4, dense_layers=(0,))
+    assert not hasattr(rules, "order_")
+    rules.calibrate(model, [tokens], progress=False).save(tmp_path / "order.safetensors")
+    fewer = dataclasses.replace(rules, tokens=5)
+    assert fewer.order_ is rules.channel_order
+    given = DoubleSparsity(
+        tokens=9, channels=4, dense_layers=(0,), channel_order=ChannelOrder.load(tmp_path / "order.safetensors")
+    )
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    found = []
+    for method_ in (rules, given):
+        with method_.active(model):
+            found.append(torch.stack(model.generate(tokens, return_dict_in_generate=True, **options).logits))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_prompt_read_in_inference_mode_can_be_decoded_outside_of_it(model, tokens, bits):
+    rules = DoubleSparsity(tokens=9, channels=4, dense_layers=(0,), label_bits=bits)
+    rules.calibrate(model, [tokens], progress=False)
+    found = []
+    for reading in (torch.inference_mode, torch.no_grad):
+        cache = DynamicCache(config=model.config)
+        with rules.active(model):
+            with reading():
+                model(tokens[:, :60], past_key_values=cache)
+                model(tokens[:, 60:61], past_key_values=cache)
+            with torch.no_grad():
+                found.append(model(tokens[:, 61:62], past_key_values=cache).logits)
+    assert torch.equal(*found)
+
+
 def test_bad_input_is_named(model, tokens):
     assert method("double-sparsity").factory is DoubleSparsity
     for options, words in (
@@ -384,6 +418,9 @@ def test_bad_input_is_named(model, tokens):
         ({"label_bits": 5}, "label_bits is 5"),
     ):
         with pytest.raises(ConfigurationError, match=words):
+            DoubleSparsity(**options)
+    for options, words in (({"importance": "zz"}, "importance 'zz'"), ({"scope": "heads"}, "did you mean 'head'")):
+        with pytest.raises(UnknownNameError, match=words):
             DoubleSparsity(**options)
     with pytest.raises(ConfigurationError, match="at most head_dim, which is 16"):
         channel_count(17, 16)

@@ -322,6 +322,13 @@ def test_parameters_that_make_no_sense_are_refused(factory, options, message):
         factory(**options)
 
 
+@pytest.mark.parametrize("factory", [FlexPrefill, VerticalSlash, BlockSparse])
+def test_a_sequence_without_tokens_is_refused(factory):
+    empty = torch.zeros(1, 2, 0, 8)
+    with pytest.raises(ConfigurationError, match="0 queries and 0 keys; there must be at least one"):
+        factory()(empty, empty, empty)
+
+
 @pytest.mark.parametrize(
     "made",
     [

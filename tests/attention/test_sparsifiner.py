@@ -526,6 +526,8 @@ class TestRefusals:
             ({"token_keep_rate": 0.0}, "token_keep_rate is 0.0"),
             ({"token_layers": (1, 1)}, "name every block once"),
             ({"prefix": 0}, "prefix is 0"),
+            ({"coef_topk": 0}, "coef_topk is 0"),
+            ({"reduce_n": 0}, "reduce_n 0"),
         ],
     )
     def test_bad_parameters_are_named(self, options, said):

@@ -308,6 +308,10 @@ def _check(call: AttentionCall) -> None:
         raise ConfigurationError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together"
         )
+    if not query.shape[2] or not key.shape[2]:
+        raise ConfigurationError(
+            f"{query.shape[2]} queries and {key.shape[2]} keys; there must be at least one token of each"
+        )
     if query.shape[1] % key.shape[1]:
         raise ConfigurationError(f"{query.shape[1]} heads and {key.shape[1]} key heads; the first must be a multiple")
     if call.causal and query.shape[2] > key.shape[2]:

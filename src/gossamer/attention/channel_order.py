@@ -158,6 +158,19 @@ class _Sums:
         return self.sums[importance] / (self.pairs if importance == "pairs" else self.tokens)
 
 
+def check_names(importance: str, scope: str) -> None:
+    """Refuse an importance or a scope that :func:`calibrate_channels` does not know.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such importance or scope.
+    """
+    for name, value, known in (("importance", importance, Importance), ("scope", scope, Scope)):
+        if value not in get_args(known):
+            raise UnknownNameError(name, value, get_args(known))
+
+
 @torch.no_grad()
 def calibrate_channels(
     model: nn.Module,
@@ -196,9 +209,7 @@ def calibrate_channels(
     ModelError
         If the model's attention cannot be listened to.
     """
-    for name, value, known in (("importance", importance, Importance), ("scope", scope, Scope)):
-        if value not in get_args(known):
-            raise UnknownNameError(name, value, get_args(known))
+    check_names(importance, scope)
     found: dict[int, _Sums] = {}
     groups: dict[int, int] = {}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.attention.base import Installed, SparseAttention, TokenSelection, missing_calibration
-from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels
+from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
 from gossamer.attention.label_cache import LABEL_BITS, LabelCache, LabelLayer, channels_of, make_labels
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
@@ -61,11 +61,16 @@ class DoubleSparsity(SparseAttention):
         of the cache is read for all of them; the paper's heads choose for themselves.
     dense_layers
         Layers that stay dense; the first two.
+    channel_order
+        Which channels decide, as :meth:`calibrate` finds and sets it and
+        :meth:`ChannelOrder.load <gossamer.attention.channel_order.ChannelOrder.load>` reads it.
 
-    Attributes
-    ----------
-    order_
-        What calibration found.
+    Raises
+    ------
+    ConfigurationError
+        If a number is out of range.
+    UnknownNameError
+        If there is no such importance or scope.
     """
 
     tokens: float | int = 1 / 16
@@ -75,7 +80,7 @@ class DoubleSparsity(SparseAttention):
     scope: Scope = "group"
     share_tokens: bool = False
     dense_layers: tuple[int, ...] = (0, 1)
-    order_: ChannelOrder = field(init=False, repr=False, compare=False)
+    channel_order: ChannelOrder | None = field(default=None, repr=False, compare=False)
     cache: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,11 +93,24 @@ class DoubleSparsity(SparseAttention):
             raise ConfigurationError(
                 f"label_bits is {self.label_bits}; it must be one of {', '.join(map(str, LABEL_BITS))}"
             )
+        check_names(self.importance, self.scope)
+
+    @property
+    def order_(self) -> ChannelOrder:
+        """What calibration found, or was given; there is no such attribute before."""
+        if self.channel_order is None:
+            raise AttributeError("order_")
+        return self.channel_order
+
+    @order_.setter
+    def order_(self, order: ChannelOrder) -> None:
+        self.channel_order = order
 
     def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ChannelOrder:
         """Find the channels on a little text; see :func:`~gossamer.attention.channel_order.calibrate_channels`."""
-        self.order_ = calibrate_channels(model, data, self.importance, self.scope, progress)
-        return self.order_
+        found = calibrate_channels(model, data, self.importance, self.scope, progress)
+        self.channel_order = found
+        return found
 
     def order(self, layer: int, heads: int, size: int, device: torch.device) -> Tensor:
         """Channels of a layer, ``(key heads or heads, r)``.
@@ -102,9 +120,9 @@ class DoubleSparsity(SparseAttention):
         CalibrationError
             If there was no calibration, or for another model.
         """
-        if not hasattr(self, "order_"):
+        if self.channel_order is None:
             raise missing_calibration(self)
-        return self.order_.first(layer, channel_count(self.channels, size), heads, device)
+        return self.channel_order.first(layer, channel_count(self.channels, size), heads, device)
 
     def decode(self, call: AttentionCall) -> TokenSelection | None:
         """The newest token, and those whose labels agree best with the query; all, where a window slides."""
@@ -166,7 +184,7 @@ class DoubleSparsity(SparseAttention):
         ModelError
             If the model does not let its attention be replaced, or another method is at work there.
         """
-        if not hasattr(self, "order_"):
+        if self.channel_order is None:
             raise missing_calibration(self)
         return LabelInstalled(model, self)
 

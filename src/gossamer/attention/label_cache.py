@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gossamer.errors import ConfigurationError
-from gossamer.models.key_value_cache import RewritableLayer
+from gossamer.models.key_value_cache import RewritableLayer, room_for_tokens
 
 LABEL_BITS = (4, 8, 16, 32)
 
@@ -129,7 +129,7 @@ class LabelLayer(RewritableLayer):
         held = self._labels
         if held is None or end > held.codes.shape[2]:
             capacity = max(256, 2 * end)
-            grown = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in new.parts()]
+            grown = [room_for_tokens(part, capacity) for part in new.parts()]
             for memory, old in zip(grown, held.parts() if held is not None else []):
                 memory[:, :, :start] = old[:, :, :start]
             held = Labels(grown[0], *(grown[1:] or (None, None)), new.channels, new.bits)

@@ -61,7 +61,7 @@ class Sparsifiner:
     Raises
     ------
     ConfigurationError
-        If a share is outside (0, 1], or a layer is named twice.
+        If a number is out of range, or a layer is named twice.
     """
 
     keep_rate: float = 0.25
@@ -87,6 +87,11 @@ class Sparsifiner:
             raise ConfigurationError(f"token_keep_rate is {self.token_keep_rate!r}; it must be a share in (0, 1]")
         if len(set(self.token_layers)) < len(self.token_layers):
             raise ConfigurationError(f"token_layers is {self.token_layers}; name every block once")
+        if self.coef_topk < 1 or self.reduce_n < 1 or self.reduce_c < 1 or not self.basis_threshold >= 0:
+            raise ConfigurationError(
+                f"coef_topk is {self.coef_topk}, reduce_n {self.reduce_n}, reduce_c {self.reduce_c}, basis_threshold "
+                f"{self.basis_threshold}; the first three must be at least 1, the last at least 0"
+            )
         if self.prefix < 1:
             raise ConfigurationError(f"prefix is {self.prefix}; there must be a class token, so at least 1")
 

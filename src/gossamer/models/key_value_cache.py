@@ -17,6 +17,16 @@ from gossamer.errors import ConfigurationError
 _FIRST_CAPACITY = 256  # tokens
 
 
+def room_for_tokens(like: Tensor, capacity: int) -> Tensor:
+    """Memory for so many tokens ``(…, capacity, width)`` like those that are there.
+
+    It may be made in inference mode and written to outside of it: a prompt is read in one, and decoding goes on in
+    another.
+    """
+    with torch.inference_mode(False):
+        return like.new_empty(*like.shape[:-2], capacity, like.shape[-1])
+
+
 class RewritableLayer(DynamicLayer):
     """Keys and values of one layer in memory that is there beforehand.
 
@@ -45,7 +55,7 @@ class RewritableLayer(DynamicLayer):
 
     def _grow(self, needed: int, *states: Tensor) -> None:
         capacity = max(_FIRST_CAPACITY, 2 * needed)
-        grown = [state.new_empty(*state.shape[:-2], capacity, state.shape[-1]) for state in states]
+        grown = [room_for_tokens(state, capacity) for state in states]
         for memory, old in zip(grown, (self.keys, self.values)):
             if old is not None and old.numel():
                 memory[..., : old.shape[-2], :] = old
