@@ -490,6 +490,13 @@ def test_channels_are_left_out_as_well(tokens, lora):
     assert "forward" not in mlp.__dict__
 
 
+def test_attention_of_texts_that_share_a_row_is_refused_as_such(model, tokens):
+    places = torch.arange(tokens.shape[1]) % 20
+    model.train()
+    with apply_token_sparsity(model, config(scores="attention")), pytest.raises(ModelError, match="texts that share a"):
+        model(tokens, position_ids=places.expand_as(tokens), use_cache=False)
+
+
 def test_short_sequences_are_kept_whole(model):
     with apply_token_sparsity(model, config()) as sparsity:
         plain = model(torch.arange(5)[None], use_cache=False).logits

@@ -33,7 +33,7 @@ def attention_call(model: nn.Module, call: LayerCall) -> AttentionCall:
     Raises
     ------
     ModelError
-        If the layer's attention does not look its function up by name.
+        If the layer's attention does not look its function up by name, or has a mask beyond causality and padding.
     """
     found: list[AttentionCall] = []
 
@@ -57,6 +57,11 @@ def attention_call(model: nn.Module, call: LayerCall) -> AttentionCall:
         site.remove()
         for module, value in zip(dropout, before):
             module.attention_dropout = value
+    if kwargs.get("attention_mask") is not None:
+        raise ModelError(
+            f"layer {call.layer} has a mask beyond causality and padding, as texts that share a row make one; give "
+            "every text a row of its own, or take scores that do not read attention, such as 'predicted'"
+        )
     raise ModelError(f"layer {call.layer} computes no attention that can be read; give a model with 'sdpa' attention")
 
 
