@@ -135,6 +135,16 @@ def test_what_is_requested_is_the_share_of_channels_that_is_realised(tiny_llama,
     assert installed.realised[name] == pytest.approx(rules.requested[name], abs=0.01)
 
 
+def test_the_largest_sparsity_at_a_price_is_found_though_some_leave_nothing_to_read(tiny_llama, batches):
+    method = RSparse(alpha=0.0)
+    method.calibrate(tiny_llama, batches, progress=False)
+    with pytest.raises(SparsityError):
+        method.at(0.95)  # where the search begins
+    found = method.within(tiny_llama, batches[:1], ratio=1.05, tolerance=0.1)
+    assert 0 <= found < 0.95
+    assert set(method.rules_.settings["budget"].values()) == {found}
+
+
 def test_factors_hold_no_more_memory_than_their_own_numbers_take(tiny_llama, batches):
     rules = RSparse(sparsity=0.5).calibrate(tiny_llama, batches, progress=False)
     for factors in rules.low_rank.values():

@@ -1,8 +1,17 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from gossamer.activations.sparsing_law import PPLBudget, Truncation, fit_sparsing_law, ppl_p_sparsity
+from gossamer.activations.base import install
+from gossamer.activations.sparsing_law import (
+    PPLBudget,
+    fit_sparsing_law,
+    ppl_p_of_checkpoints,
+    ppl_p_sparsity,
+)
+from gossamer.activations.truncation import Truncation
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.measure import perplexity
 
@@ -38,8 +47,6 @@ def test_the_threshold_is_the_largest_that_stays_within_the_tolerance(cett):
 def test_the_price_in_perplexity_is_met_and_not_exceeded(tiny_llama, batches):
     found = ppl_p_sparsity(tiny_llama, batches, 1.0, progress=False)
     dense = perplexity(tiny_llama, batches, 24, 24, progress=False).value
-    from gossamer.activations.base import install
-
     with install(tiny_llama, found.rules, 0.0):
         again = perplexity(tiny_llama, batches, 24, 24, progress=False).value
     assert again / dense == pytest.approx(found.ratio, rel=1e-6)
@@ -51,6 +58,26 @@ def test_the_price_in_perplexity_is_met_and_not_exceeded(tiny_llama, batches):
 @pytest.mark.parametrize("metric", ["top-k", "fat"])
 def test_the_rival_metrics_pay_the_same_price(tiny_llama, batches, metric):
     assert ppl_p_sparsity(tiny_llama, batches, 1.0, metric=metric, progress=False).ratio <= 1.01
+
+
+def test_checkpoints_share_a_setting_whose_price_is_the_mean_of_theirs(tiny_llama, batches):
+    other = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    both = ppl_p_of_checkpoints([tiny_llama, other], batches[:2], 1.0, tolerance=0.05, progress=False)
+    assert both[0].setting == both[1].setting
+    ratios = [found.ratio for found in both]
+    assert np.mean(ratios) <= 1.01
+    assert ratios[0] != ratios[1]
+    for model, found in zip((tiny_llama, other), both):
+        dense = perplexity(model, batches[:2], 24, 24, progress=False).value
+        with install(model, found.rules, 0.0):
+            again = perplexity(model, batches[:2], 24, 24, progress=False).value
+        assert again / dense == pytest.approx(found.ratio, rel=1e-6)
+    with pytest.raises(CalibrationError, match="give a model"):
+        ppl_p_of_checkpoints([], batches, progress=False)
 
 
 def test_a_price_is_a_budget_to_install(tiny_llama, batches):

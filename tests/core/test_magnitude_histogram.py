@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,6 +51,13 @@ def test_zeros_go_at_any_sparsity_since_they_cost_nothing(dtype, sparsity):
     x = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).relu().to(dtype)
     threshold = filled(x).threshold(sparsity)
     assert torch.equal(x <= threshold, x == 0)
+
+
+def test_a_threshold_that_few_entries_decide_is_told():
+    with pytest.warns(UserWarning, match="layer: only 60 of 600 calibration activations.*give more data"):
+        filled(torch.rand(60, 10)).threshold(0.9)
+    with warnings.catch_warnings(action="error"):
+        filled(torch.rand(60, 10)).threshold(0.5)
 
 
 def test_nothing_goes_at_a_sparsity_of_zero():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.core.channel_rules import ChannelRule
 from gossamer.core.progress import track
-from gossamer.errors import CalibrationError, ConfigurationError, check_sparsity
+from gossamer.errors import CalibrationError, ConfigurationError, SparsityError, check_sparsity
 from gossamer.models.activation_sites import InputSite
 from gossamer.models.blocks import Batch, Stage, stages
 
@@ -50,6 +50,16 @@ class GreedyAllocation:
             if not 0 < value <= 1:
                 raise ConfigurationError(f"{name} is {value}; it must be above 0 and at most 1")
 
+    @staticmethod
+    def check(sparsity: float) -> None:
+        """Refuse a sparsity that no budgets reach, since no layer is driven to nothing."""
+        check_sparsity(sparsity)
+        if sparsity > _MOST:
+            raise ConfigurationError(
+                f"sparsity is {sparsity}; with allocation='greedy' it must be at most {_MOST}, since no single layer "
+                f"drops more: lower it, or use allocation='uniform'"
+            )
+
     def allocate(
         self,
         model: nn.Module,
@@ -65,8 +75,10 @@ class GreedyAllocation:
         ------
         CalibrationError
             If the model is not one of blocks that can be run one by one.
+        ConfigurationError
+            If the sparsity is more than a single layer may have.
         """
-        check_sparsity(sparsity)
+        self.check(sparsity)
         found: dict[str, float] = {}
         blocks = len({site.block for site in sites})
         walk = stages(model, data)
@@ -95,8 +107,6 @@ class GreedyAllocation:
                 if gain > 0:
                     raised = budget | {site.name: budget[site.name] + gain / site.size}
                     trials.append((self._error(stage, sites, rule, raised, dense), site.name, raised[site.name], gain))
-            if not trials:
-                raise ConfigurationError(f"sparsity {sparsity} is more than the {_MOST} that a single layer may drop")
             _, name, value, gain = min(trials)
             budget[name] = value
             left -= gain
@@ -145,6 +155,7 @@ def largest_within(measure: Callable[[float], float], limit: float, low: float, 
     """The largest value of a setting whose measure stays within a limit, by bisection.
 
     The measure need not be monotone: what is returned is `low`, or a setting that was tried and found within the limit.
+    A setting that leaves a layer nothing to read (:class:`SparsityError`) counts as beyond it.
 
     Parameters
     ----------
@@ -157,11 +168,18 @@ def largest_within(measure: Callable[[float], float], limit: float, low: float, 
     tolerance
         Width of the bracket at which the search ends.
     """
-    if measure(high) <= limit:
+
+    def within(setting: float) -> bool:
+        try:
+            return measure(setting) <= limit
+        except SparsityError:
+            return False
+
+    if within(high):
         return high
     while high - low > tolerance:
         middle = (low + high) / 2
-        if measure(middle) <= limit:
+        if within(middle):
             low = middle
         else:
             high = middle

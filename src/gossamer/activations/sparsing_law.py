@@ -8,75 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
-from gossamer.activations.base import install
+from gossamer.activations.base import check_dense, install
 from gossamer.activations.budgets import largest_within
 from gossamer.activations.installed import Installed
 from gossamer.activations.rules import ActivationRules
+from gossamer.activations.truncation import Truncation, middle_activations
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK, column_norms
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError
 from gossamer.measure.perplexity import perplexity
-from gossamer.measure.runs import prepared, run_over
-from gossamer.models.activation_sites import GateSite, InputSite, find_gate_sites, find_input_sites
+from gossamer.measure.runs import prepared
+from gossamer.models.activation_sites import GateSite, InputSite, find_gate_sites, find_input_sites, layer_shapes
 from gossamer.models.blocks import Batch
+from gossamer.models.rotation import is_rotated
 
 Metric = Literal["cett", "top-k", "fat"]
-_CANDIDATES = 65_536
-_HIGHEST = 0.99  # quantile of the contributions up to which thresholds are looked for
-
-
-class Truncation:
-    """What a feed-forward layer loses when its smallest contributions are left out.
-
-    The contribution of neuron i to a token is n_i = x_i W_down[:, i], of the norm |x_i| ‖W_down[:, i]‖; a bias of the
-    matrix that maps back belongs to none.
-
-    Parameters
-    ----------
-    inputs
-        x, ``(tokens, m)``, what the matrix that maps back receives.
-    down
-        W_down, ``(d, m)``.
-    """
-
-    def __init__(self, inputs: Tensor, down: Tensor):
-        self._inputs, self._down = inputs.detach().float(), down.detach().float()
-        self._norms = self._inputs.abs() * column_norms(down).to(inputs.device)
-        self._whole = (self._inputs @ self._down.T).norm(dim=1)
-        flat = self._norms.flatten()
-        self.low = float(flat.min())
-        self.high = float(flat.kthvalue(max(1, int(_HIGHEST * len(flat)))).values)
-
-    def error(self, threshold: float) -> float:
-        """CETT: ‖Σ_{i: ‖n_i‖ ≤ ε} n_i‖ / ‖Σ_i n_i‖, averaged over tokens.
-
-        What goes is added up before the norm is taken, so that contributions that cancel cost nothing.
-        """
-        gone = ((self._inputs * (self._norms <= threshold)) @ self._down.T).norm(dim=1)
-        # a token for which the layer puts out nothing loses nothing
-        return float(torch.where(self._whole > 0, gone / self._whole, 0.0).double().mean())
-
-    def threshold(self, cett: float) -> float:
-        """The largest of 65,536 evenly spaced thresholds whose error is at most `cett`.
-
-        They lie between the least contribution and the 99% quantile of all of them. If even the first costs more, the
-        threshold is 0, at which only exact zeros go.
-        """
-        first, last = -1, _CANDIDATES - 1
-        while first < last:
-            middle = (first + last + 1) // 2
-            if self.error(self._candidate(middle)) <= cett:
-                first = middle
-            else:
-                last = middle - 1
-        return 0.0 if first < 0 else self._candidate(first)
-
-    def _candidate(self, index: int) -> float:
-        return self.low + (self.high - self.low) * index / (_CANDIDATES - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,40 +101,84 @@ def ppl_p_sparsity(
     ConfigurationError
         If p is not above 0, or the metric is unknown.
     """
+    return ppl_p_of_checkpoints(
+        [model], data, p, metric=metric, tolerance=tolerance, sampled=sampled, progress=progress
+    )[0]
+
+
+def ppl_p_of_checkpoints(
+    models: Sequence[nn.Module],
+    data: Iterable[Batch],
+    p: float = 1.0,
+    *,
+    metric: Metric = "cett",
+    tolerance: float = 1e-3,
+    sampled: int = 2048,
+    progress: bool = True,
+) -> list[PPLSparsity]:
+    """As :func:`ppl_p_sparsity` for checkpoints of one training, at one setting that costs p% on average.
+
+    So the activation ratios of different stages are compared under the same tolerance.
+
+    Parameters
+    ----------
+    models
+        The checkpoints, each a model of its own.
+    data, p, metric, tolerance, sampled, progress
+        See there; the ratio that is to be 1 + p/100 is the mean over the checkpoints.
+
+    Returns
+    -------
+    list of PPLSparsity
+        One for each checkpoint, all with the same setting.
+    """
     if not p > 0 or metric not in ("cett", "top-k", "fat"):
         raise ConfigurationError(f"p is {p} and metric {metric!r}; p must be above 0, metric of cett, top-k, fat")
     batches = prepared(data)
-    tokens = [batch for batch in batches if isinstance(batch, Tensor)]
-    if len(tokens) != len(batches):
-        raise CalibrationError("PPL-p% sparsity is a price in perplexity; give batches of token ids")
-    sites = find_input_sites(model, ["down"])
-    samples = middle_activations(model, batches, sites, sampled, progress)
-    wanted = sites if metric == "cett" else []
-    gates = find_gate_sites(model) if metric != "cett" else []
-    truncations = {site.name: Truncation(samples[site.name], site.target.matrix()) for site in wanted}
-    window = max(part.shape[1] for part in tokens)
-
-    def cost(rules: ActivationRules) -> tuple[float, dict[str, float]]:
-        with install(model, rules, dense_prefill=0.0) as installed:
-            found = perplexity(model, tokens, window, window, progress=False)
-            return found.value, installed.realised
-
-    dense = perplexity(model, tokens, window, window, progress=False).value
-    known: dict[float, tuple[float, dict[str, float], ActivationRules]] = {}
+    if not models or not all(isinstance(batch, Tensor) for batch in batches):
+        raise CalibrationError("PPL-p% sparsity is a price in perplexity; give a model and batches of token ids")
+    priced = [_Priced(model, batches, metric, sampled, progress) for model in models]
 
     def ratio(setting: float) -> float:
-        rules = _rules(metric, setting, sites, truncations, gates)
-        value, realised = cost(rules)
-        known[setting] = (value / dense, realised, rules)
-        return value / dense
+        return float(np.mean([each.at(setting).ratio for each in priced]))
 
     low, high = _BRACKETS[metric]
-    ratio(low)
     best = largest_within(ratio, 1 + p / 100, low, high, tolerance)
-    found, realised, rules = known[best]
-    active = {name: 1 - share for name, share in realised.items()}
-    exact = float(np.mean([(sample != 0).double().mean() for sample in samples.values()]))
-    return PPLSparsity(best, found, float(np.mean(list(active.values()))), active, rules, exact)
+    return [each.at(best) for each in priced]
+
+
+class _Priced:
+    """A model, and what it becomes and costs at any setting."""
+
+    def __init__(self, model: nn.Module, batches: list[Any], metric: Metric, sampled: int, progress: bool):
+        self._model, self._batches, self._metric = model, batches, metric
+        check_dense(model)
+        self._sites, self._layers = find_input_sites(model, ["down"]), layer_shapes(model)
+        samples = middle_activations(model, batches, self._sites, sampled, progress)
+        self._exact = float(np.mean([(sample != 0).double().mean() for sample in samples.values()]))
+        cuts = self._sites if metric == "cett" else []
+        self._truncations = {site.name: Truncation(samples[site.name], site.target.matrix()) for site in cuts}
+        self._gates = find_gate_sites(model) if metric != "cett" else []
+        self._dense = self._perplexity()
+        self._known: dict[float, PPLSparsity] = {}
+
+    def at(self, setting: float) -> PPLSparsity:
+        """Its sparsity at a setting, and the price of that; known ones are not measured again."""
+        if setting not in self._known:
+            self._known[setting] = self._measured(setting)
+        return self._known[setting]
+
+    def _measured(self, setting: float) -> PPLSparsity:
+        rules = _rules(self._metric, setting, self._sites, self._truncations, self._gates)
+        rules.settings["rotated"], rules.layers = is_rotated(self._model), self._layers
+        with install(self._model, rules, dense_prefill=0.0) as installed:
+            ratio = self._perplexity() / self._dense
+            active = {name: 1 - share for name, share in installed.realised.items()}
+        return PPLSparsity(setting, ratio, float(np.mean(list(active.values()))), active, rules, self._exact)
+
+    def _perplexity(self) -> float:
+        window = max(part.shape[1] for part in self._batches)
+        return perplexity(self._model, self._batches, window, window, progress=False).value
 
 
 _BRACKETS: dict[str, tuple[float, float]] = {"cett": (0.0, 1.0), "top-k": (0.0, 1.0), "fat": (-12.0, 3.0)}
@@ -215,33 +208,6 @@ def _rules(
         return Everything() if keep == width else TopK(keep)
 
     return ActivationRules({}, {gate.name: ChannelRule(selection(gate.width)) for gate in gates}, settings=settings)
-
-
-def middle_activations(
-    model: nn.Module, data: Sequence[Batch], sites: Sequence[InputSite], tokens: int, progress: bool = True
-) -> dict[str, Tensor]:
-    """What layers receive, ``(at most tokens, m)`` each, spread evenly over the batches."""
-    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-    share = max(1, tokens // len(data))
-    handles = []
-
-    def keep(name: str, values: Tensor) -> None:
-        rows = values.detach().reshape(-1, values.shape[-1])
-        chosen = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long().unique()
-        found[name].append(rows[chosen.to(rows.device)].clone())
-
-    for site in sites:
-        hook = lambda module, args, name=site.name: keep(name, args[0])  # noqa: E731
-        handles.append(site.module.register_forward_pre_hook(hook))
-    try:
-        run_over(model, data, "activations", progress)
-    finally:
-        for handle in handles:
-            handle.remove()
-    unused = next((name for name, parts in found.items() if not sum(map(len, parts))), None)
-    if unused is not None:
-        raise CalibrationError(f"{unused} never ran on the calibration data; give data that use it")
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @register(

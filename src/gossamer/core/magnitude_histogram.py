@@ -7,6 +7,7 @@ has to be known in advance and every value of a bfloat16 activation has a bin of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from gossamer.errors import CalibrationError, NonFiniteError, check_sparsity
 _BINS = 1 << 16  # of which magnitudes, without a sign bit, fill the lower half
 _SHIFT = 16
 _INFINITE = 0x7F80  # the first bin that no finite value falls into
+_FEW = 100  # entries on the shorter side of a threshold, for a standard error of a tenth of that share
 _compiled: Callable[[Tensor, Tensor | None, Tensor], bool] | None = None
 
 
@@ -82,10 +84,20 @@ class MagnitudeHistogram:
         index = int(torch.searchsorted(cumulative, torch.tensor(wanted, dtype=torch.float64)))
         below = int(cumulative[index - 1]) if index else 0
         share = (wanted - below) / int(self.counts[index])
+        self._warn_of_few(sparsity, int(cumulative[-1]))
         low, high = edge(index), edge(index + 1)
         if not self._coarse:
             return low + share * (high - low)
         return low if share >= 0.5 else edge(max(0, index - 1))
+
+    def _warn_of_few(self, sparsity: float, total: int) -> None:
+        beyond = min(sparsity, 1 - sparsity) * total
+        if beyond < _FEW:
+            warnings.warn(
+                f"{self.name}: only {beyond:.0f} of {total} calibration activations lie beyond the threshold for a "
+                f"sparsity of {sparsity:g}, which is a guess then; give more data",
+                stacklevel=3,
+            )
 
     def check(self) -> None:
         """Raise if nothing was counted, or something that is not a number."""
