@@ -9,17 +9,22 @@ import torch
 from tiny_models import tiny_model
 from torch import nn
 
+from gossamer.activations.lazy_neuron import TopKTransformer
 from gossamer.core.taps import Listening
-from gossamer.errors import ConfigurationError, TargetError, UnknownNameError
+from gossamer.errors import CheckpointError, ConfigurationError, TargetError, UnknownNameError
+from gossamer.models import load
 from gossamer.models.activation_functions import (
     FATReLU,
     ShiftedReLU,
     Swap,
     TopKActivation,
     relufy,
+    restore_activations,
     swap_activations,
 )
 from gossamer.models.feedforward_taps import feed_forward_activations, feed_forward_taps
+from gossamer.storage import save
+from gossamer.storage.index import read_index
 
 ROWS = torch.tensor([[-1.0, 0.5, 2.0, 0.1, 3.0]])
 
@@ -145,6 +150,40 @@ def test_the_configuration_says_relu_so_that_a_saved_model_loads_as_it_is(tmp_pa
     assert torch.allclose(loaded(**ids(model)).logits, model(**ids(model)).logits, atol=1e-6)
     swap.undo()
     assert model.config.hidden_act == "silu"
+
+
+@pytest.mark.parametrize("kind", ["fatrelu", "shifted-relu", "top-k", "top-k around"])
+def test_what_configurations_cannot_say_is_kept_by_our_own_checkpoints(kind, tmp_path):
+    model = tiny_model()
+    if kind == "top-k around":
+        swap = Swap.wrapping(model, lambda before: TopKActivation(ratio=0.1, activation=before))
+        assert model.config.hidden_act == "silu"
+    else:
+        with pytest.warns(UserWarning, match="the nearest; save with gossamer"):
+            swap = (
+                TopKTransformer(k=5).install(model)
+                if kind == "top-k"
+                else relufy(model, kind, threshold=0.3, shift=0.2)
+            )
+        assert model.config.hidden_act == "relu"
+    expected = model(**ids(model)).logits
+    save(model, tmp_path / "checkpoint", settings={"made": "by hand"})
+    loaded = load(str(tmp_path / "checkpoint")).model
+    assert torch.equal(loaded(**ids(model)).logits, expected)
+    assert repr(loaded) == repr(model)
+    assert read_index(tmp_path / "checkpoint").settings["made"] == "by hand"
+    swap.undo()
+    assert model.config.hidden_act == "silu"
+    assert not torch.allclose(model(**ids(model)).logits, expected)
+
+
+def test_activations_of_a_checkpoint_that_fit_nowhere_are_refused():
+    with pytest.raises(CheckpointError, match=r"mlp\.act: its activation cannot be put back"):
+        restore_activations(tiny_model(), {"mlp.act": {"kind": "fatrelu", "threshold": 0.1}})
+    model = tiny_model()
+    place = feed_forward_activations(model)[0].name
+    with pytest.raises(CheckpointError, match="no known activation"):
+        restore_activations(model, {place: {"kind": "wave"}})
 
 
 def test_an_activation_that_is_no_module_is_refused_with_a_way_out():

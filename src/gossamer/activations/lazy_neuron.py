@@ -78,7 +78,9 @@ class TopKTransformer:
             If the model has no feed-forward layer whose activation is a module.
         """
         if self.activation == "relu":
-            return swap_activations(model, None, lambda: TopKActivation(self.k, self.ratio))
+            swap = swap_activations(model, None, lambda: TopKActivation(self.k, self.ratio))
+            swap.note_in_config("relu", exact=False)
+            return swap
         return Swap.wrapping(model, lambda before: TopKActivation(self.k, self.ratio, before))
 
 

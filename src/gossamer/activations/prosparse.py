@@ -209,7 +209,9 @@ def shift_threshold(model: nn.Module, threshold: float = 0.01) -> Swap:
     TargetError
         If no feed-forward layer has a ReLU.
     """
-    return swap_activations(model, _RELUS, lambda: FATReLU(threshold))
+    swap = swap_activations(model, _RELUS, lambda: FATReLU(threshold))
+    swap.note_in_config("relu", exact=False)
+    return swap
 
 
 def _activation_kinds(model: nn.Module) -> set[type[nn.Module]]:

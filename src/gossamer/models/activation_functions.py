@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2CLS
 
-from gossamer.errors import ConfigurationError, TargetError, UnknownNameError
+from gossamer.errors import CheckpointError, ConfigurationError, TargetError, UnknownNameError
 from gossamer.models.feedforward_taps import Activation, feed_forward_activations
 
 _CONFIG_NAMES = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "feed_forward_proj")
@@ -47,6 +48,10 @@ class FATReLU(nn.Module):
         """What takes its place while feed-forward layers are searched for."""
         return nn.ReLU()
 
+    def stored_as(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"kind": "fatrelu", "threshold": self.threshold}
+
     def extra_repr(self) -> str:  # noqa: D102
         return f"threshold={self.threshold:g}"
 
@@ -70,6 +75,10 @@ class ShiftedReLU(nn.Module):
     def stand_in(self) -> nn.Module:
         """What takes its place while feed-forward layers are searched for."""
         return nn.ReLU()
+
+    def stored_as(self) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"kind": "shifted-relu", "shift": self.shift}
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"shift={self.shift:g}"
@@ -124,6 +133,10 @@ class TopKActivation(nn.Module):
         """What takes its place while feed-forward layers are searched for."""
         return self.activation
 
+    def stored_as(self) -> dict[str, Any]:
+        """What a checkpoint says of it; what it wraps is ReLU, or what the model comes with."""
+        return {"kind": "top-k", "k": self.k, "ratio": self.ratio, "relu": type(self.activation) is nn.ReLU}
+
     def extra_repr(self) -> str:  # noqa: D102
         return f"k={self.k}" if self.k is not None else f"ratio={self.ratio:g}"
 
@@ -161,9 +174,20 @@ class Swap:
     def names(self) -> list[str]:  # noqa: D102
         return [place.name for place in self._places]
 
-    def note_in_config(self, name: str) -> None:
-        """Let the configuration of a Hugging Face model say so, that it may be saved and loaded again."""
+    def note_in_config(self, name: str, exact: bool = True) -> None:
+        """Let the configuration of a Hugging Face model say so, that it may be saved and loaded again.
+
+        Where it knows only something near (not `exact`), a warning says what is lost with ``save_pretrained``.
+        :func:`gossamer.storage.save` stores the activations themselves.
+        """
         config = getattr(self._model, "config", None)
+        if config is not None and not exact:
+            kinds = ", ".join(sorted({repr(place.module) for place in self._places}))
+            warnings.warn(
+                f"configurations of Hugging Face do not know {kinds}: save_pretrained writes {name!r}, the nearest; "
+                f"save with gossamer.storage.save, which keeps it",
+                stacklevel=3,
+            )
         for attribute in _CONFIG_NAMES:
             if config is not None and isinstance(getattr(config, attribute, None), str):
                 self._config.append((config, attribute, getattr(config, attribute)))
@@ -247,9 +271,42 @@ def relufy(model: nn.Module, activation: str = "relu", threshold: float = 0.01, 
     if activation not in known:
         raise UnknownNameError("activation", activation, known)
     swap = swap_activations(model, None, known[activation])
-    if activation == "relu":
-        swap.note_in_config("relu")
+    swap.note_in_config("relu", exact=activation == "relu")
     return swap
+
+
+def restore_activations(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put activations where a checkpoint has them.
+
+    Parameters
+    ----------
+    model
+        As its configuration describes it; changed in place.
+    stored
+        Name of a module → what its ``stored_as`` has said.
+
+    Raises
+    ------
+    CheckpointError
+        If the model has no such place, or there is no such activation.
+    """
+    for name, said in stored.items():
+        try:
+            before = model.get_submodule(name)
+            match said:
+                case {"kind": "fatrelu", "threshold": threshold}:
+                    module: nn.Module = FATReLU(threshold)
+                case {"kind": "shifted-relu", "shift": shift}:
+                    module = ShiftedReLU(shift)
+                case {"kind": "top-k", "k": k, "ratio": ratio, "relu": relu}:
+                    module = TopKActivation(k, ratio, None if relu else before)
+                case _:
+                    raise ConfigurationError(f"{dict(said)!r} is no known activation")
+        except (AttributeError, ConfigurationError) as error:
+            raise CheckpointError(
+                f"{name}: its activation cannot be put back ({error}); save the model again"
+            ) from error
+        model.set_submodule(name, module.train(before.training))
 
 
 def _classes(old: Any) -> Any:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
+from gossamer.models.activation_functions import restore_activations
 from gossamer.models.architecture import model_class, read_config, unfilled_model
 from gossamer.storage.index import Index, read_index
 from gossamer.storage.layers import restore_packed_layers, validate_packed_layers
-from gossamer.storage.models import load_state
+from gossamer.storage.models import ACTIVATIONS, load_state
 from gossamer.storage.packing import DTYPES
 
 
@@ -43,6 +44,7 @@ def load_packed(directory: Path, dtype: torch.dtype | None, device: torch.device
         )
     config, index = read_config(directory), read_index(directory)
     model = unfilled_model(config, model_class(config, directory), dtype)
+    restore_activations(model, index.settings.get(ACTIVATIONS, {}))
     fit_linear_layers(model, index)
     restore_packed_layers(model, directory)
     if dtype is None:

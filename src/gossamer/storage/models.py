@@ -18,6 +18,8 @@ from gossamer.storage.checkpoint import MAX_SHARD_BYTES, CheckpointWriter, read_
 from gossamer.storage.index import INDEX_NAME, Index
 from gossamer.storage.shards import ShardWriter
 
+ACTIVATIONS = "activations"  # the key of a checkpoint's settings for those that its configuration cannot name
+
 
 def save(
     model: nn.Module,
@@ -70,7 +72,7 @@ def save(
                 writer.add(name, tensor)
                 if memory is not None:
                     stored[memory] = name
-        return writer.finish(settings)
+        return writer.finish({**(settings or {}), **_activations(model)})
 
 
 @torch.no_grad()
@@ -184,6 +186,12 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[Any, ...] | No
             if fetched.is_meta:
                 raise ModelError(f"{name} is offloaded and cannot be fetched; load the model without offloading")
             yield name, fetched.detach().clone(), None
+
+
+def _activations(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What activations that no configuration knows say of themselves, by the name of the module."""
+    found = {name: module.stored_as() for name, module in model.named_modules() if hasattr(module, "stored_as")}  # type: ignore[operator]
+    return {ACTIVATIONS: found} if found else {}
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
