@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from gossamer.core.block_mask import BlockMask, block_count
 from gossamer.errors import ConfigurationError
@@ -74,10 +75,27 @@ def test_merged_blocks_cover_and_split_ones_are_the_same_links(mask, factor):
 def test_flex_attention_sees_the_same_links(mask):
     flex = mask.to_flex()
     assert BlockMask.from_flex(flex, mask.causal).blocks.equal(mask.blocks)
+    batch, heads = mask.blocks.shape[:2]
     links = flex.mask_mod(
-        torch.tensor(0), torch.tensor(0), torch.arange(mask.query_length)[:, None], torch.arange(mask.key_length)
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(heads)[:, None, None],
+        torch.arange(mask.query_length)[:, None],
+        torch.arange(mask.key_length),
     )
-    assert links.expand(mask.query_length, mask.key_length).equal(triangle(mask))
+    assert links.equal(mask.to_dense())
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)])
+def test_uncompiled_flex_attention_reads_the_blocks_and_nothing_else(shape):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 48, 8, generator=generator)
+    blocks = (torch.rand(*shape, 6, 6, generator=generator) > 0.6) | torch.eye(6, dtype=torch.bool)
+    mask = BlockMask(blocks, 48, 48, (8, 8))
+    found = flex_attention(query, key, value, block_mask=mask.to_flex())
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask.to_dense())
+    torch.testing.assert_close(found, expected)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert (expected - dense).abs().max() > 0.1
 
 
 def test_union_and_intersection_are_those_of_links():
