@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from gossamer.attention.budget_solver import ALL_RULES, budget_for, granularity, rule_of
+from gossamer.attention.snap_kv import SnapKV
 from gossamer.errors import ConfigurationError, SparsityError, UnknownNameError
+from gossamer.measure.long_context.isoflops import EVICTING
 
 LENGTH = 512
+
+
+def test_methods_that_evict_are_those_that_the_price_of_decoding_knows():
+    made = {name: budget_for(name, LENGTH, 0.5) for name, rule in ALL_RULES.items() if not rule.adaptive}
+    assert {name for name, method in made.items() if isinstance(method, SnapKV)} == EVICTING
 
 
 @pytest.fixture(scope="module")

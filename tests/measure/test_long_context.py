@@ -22,7 +22,6 @@ from gossamer.measure.long_context import (
     StoryMultihop,
     StoryRetrieval,
     VariableTracking,
-    answer_nll,
     answers,
     decoded_nll,
     draw,
@@ -30,7 +29,8 @@ from gossamer.measure.long_context import (
     holm,
     isoflops,
     max_safe_sparsity,
-    paired_bootstrap,
+    paired_test,
+    prompts_needed,
     small_vocabulary,
     validate_law,
 )
@@ -50,7 +50,7 @@ PROSE = [
     StoryMultihop(),
     StoryFiltering(),
 ]
-TERSE = [task(wording="terse") for name, task in TASKS.items() if name != "question-answering"]
+TERSE = [task(wording="terse") for name, task in TASKS.items() if not name.startswith("question-answering")]
 
 
 class Characters:
@@ -137,6 +137,11 @@ def test_a_chat_template_frames_the_prompt_and_the_answer_begins_with_its_turn()
     assert "<model>The code number of the" in text
 
 
+def test_both_sources_of_questions_are_tasks_of_their_own():
+    assert TASKS["question-answering"]().source == "addresses"
+    assert TASKS["question-answering-novel"]().source == "novel"
+
+
 def test_too_short_prompts_are_refused_with_what_is_needed():
     with pytest.raises(ConfigurationError, match=r"max_tokens is 100; this task needs at least \d+"):
         Needle().sample(np.random.default_rng(0), 100, Characters())
@@ -164,6 +169,25 @@ def test_every_question_about_the_novel_has_its_answer_in_its_passage():
 )
 def test_answers_are_scored_by_what_they_name(task, prediction, gold, score):
     assert task.score(prediction, gold) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("task", PROSE, ids=lambda task: task.name)
+def test_with_reasoning_the_answer_is_what_follows_it(task):
+    reasoned = replaced(task, reasoning=True)
+    plain, sample = (one.sample(np.random.default_rng(0), 6000, Characters()) for one in (task, reasoned))
+    assert len(sample.prompt) == 6000
+    assert (sample.gold, sample.answer) == (plain.gold, plain.answer)
+    assert sample.max_new_tokens == plain.max_new_tokens + 256
+    text = Characters().decode(sample.prompt)
+    assert text.endswith("Then write 'Answer:' and nothing but the answer.")
+    assert reasoned.judge(f"Could it be nothing? Answer: none. No. Answer:{sample.answer}", sample.gold) == 1.0
+    assert reasoned.judge(sample.answer, sample.gold) == 0.0
+    assert task.judge(sample.answer, sample.gold) == 1.0
+
+
+def test_terse_prompts_have_no_words_to_reason_in():
+    with pytest.raises(ConfigurationError, match="too few to reason in"):
+        Needle(wording="terse", reasoning=True)
 
 
 def test_common_words_are_common_and_the_others_rare():
@@ -220,14 +244,6 @@ class TestPrediction:
         assert torch.allclose(one_by_one, -logs, atol=1e-5)
         assert math.isfinite(perplexity(model, ids, 64, 64, progress=False).value)
 
-    def test_right_answers_are_judged_by_their_own_tokens(self, tiny):
-        model, tokenizer = tiny
-        sample = draw(Needle(wording="terse"), tokenizer, 64, 1, 0)[0]
-        with torch.no_grad():
-            logs = model(input_ids=torch.tensor([sample.prompt])).logits[0, -1].log_softmax(-1)
-        wanted = -logs[tokenizer(sample.answer)["input_ids"][0]]
-        assert answer_nll(model, [sample], tokenizer)[0] == pytest.approx(float(wanted), abs=1e-5)
-
     def test_prompts_of_different_lengths_are_refused(self, tiny):
         model, tokenizer = tiny
         samples = [Sample((3,) * length, ("a",), "a", (), 1) for length in (5, 6)]
@@ -242,39 +258,95 @@ def row(accuracies, sparsity=0.5, method="m", **options):
 
 
 class TestSafety:
-    def test_the_p_value_counts_resampled_losses(self):
-        found = paired_bootstrap([1.0] * 10, [1.0] * 10, tolerance=0.05, resamples=99)
-        assert (found.mean, found.low, found.p_value) == (0.0, 0.0, 0.01)
-        assert paired_bootstrap([0.0] * 10, [1.0] * 10, resamples=99).p_value == 1.0
+    def test_lost_prompts_are_counted_by_the_binomial_distribution(self):
+        dense, sparse = [1.0] * 30, [0.0] * 2 + [1.0] * 28
+        chance = sum(math.comb(30, lost) * 0.1**lost * 0.9 ** (30 - lost) for lost in range(3))
+        found = paired_test(sparse, dense, tolerance=0.1)
+        assert found.mean == pytest.approx(-2 / 30)
+        assert found.p_value == pytest.approx(chance)
+        # at its lower bound, as few lost prompts have a chance of alpha
+        chance = sum(math.comb(30, lost) * (-found.low) ** lost * (1 + found.low) ** (30 - lost) for lost in range(3))
+        assert chance == pytest.approx(0.05)
+        assert paired_test([0.0] * 10, [1.0] * 10).p_value == 1.0
+        assert paired_test([0.0] * 10, [1.0] * 10).low == -1.0
 
-    def test_pairs_make_small_losses_visible(self):
+    def test_fewer_prompts_than_needed_never_convince(self):
+        assert (prompts_needed(), prompts_needed(0.1), prompts_needed(tasks=4)) == (59, 29, 86)
+        for graded, needed in ((False, 59), (True, prompts_needed(graded=True))):
+            equal = [1.0] * needed
+            assert paired_test(equal, equal, graded=graded).p_value <= 0.05
+            assert paired_test(equal[1:], equal[1:], graded=graded).p_value > 0.05
+
+    @pytest.mark.parametrize("count", [2, 4, 10, 20, 40, 80])
+    def test_scores_of_0_and_1_keep_the_level_at_any_number_of_prompts(self, count):
+        generator = np.random.default_rng(count)
+        dense = np.ones(count)
+        lost = generator.random((500, count)) < 0.05  # true loss exactly at the tolerance
+        rejected = np.mean([paired_test(1.0 - one, dense, graded=False).p_value <= 0.05 for one in lost])
+        assert rejected <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
+
+    @pytest.mark.parametrize("count", [2, 60])
+    @pytest.mark.parametrize("low", [0.0, 0.5])
+    def test_graded_scores_keep_the_level_at_any_number_of_prompts(self, count, low):
+        generator = np.random.default_rng(count)
+        share = 0.1 / (1 - low)  # so that a tenth is lost on average
+        sparse = np.where(generator.random((200, count)) < share, low, 1.0)
+        rejected = np.mean(
+            [paired_test(one, np.ones(count), tolerance=0.1, graded=True).p_value <= 0.05 for one in sparse]
+        )
+        assert rejected <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
+
+    def test_many_graded_scores_show_a_small_loss_by_pairs_alone(self):
         generator = np.random.default_rng(0)
-        dense = generator.random(40)
+        dense = generator.random(120)
         shuffled = generator.permutation(dense)
-        assert paired_bootstrap(dense - 0.01, dense).p_value < 0.05 < paired_bootstrap(shuffled - 0.01, dense).p_value
-
-    def test_the_test_keeps_its_level(self):
-        generator = np.random.default_rng(1)
-        rejected = 0
-        for trial in range(300):  # true loss exactly at the tolerance
-            dense = (generator.random(50) < 0.5).astype(float)
-            sparse = dense - 0.1 + generator.normal(0, 0.3, 50)
-            rejected += paired_bootstrap(sparse, dense, tolerance=0.1, resamples=300, seed=trial).p_value <= 0.05
-        assert rejected / 300 < 0.09  # 5%, its standard error 1.3%, and a little for the bootstrap of 50
+        close = paired_test(dense - 0.01, dense)
+        assert close.p_value < 0.05 < paired_test(shuffled - 0.01, dense).p_value
+        assert -0.05 < close.low < close.mean == pytest.approx(-0.01)
 
     def test_holm_is_stricter_than_each_alone_and_milder_than_bonferroni(self):
         assert holm({"a": 0.01, "b": 0.02, "c": 0.2}) == {"a", "b"}
         assert holm({"a": 0.03, "b": 0.04}) == set()
         assert holm({"a": 0.011, "b": 0.015, "c": 0.04, "d": 0.045}) == {"a", "b", "c", "d"} - {"c", "d"}
 
-    def test_the_largest_safe_sparsity_stops_at_the_first_loss(self):
-        good, bad = [1.0] * 20, [0.0] * 20
+    def made(self, count=100, unable=0.0):
+        good, bad, weak = [1.0] * count, [0.0] * count, [unable] * count
         rows = [row(good, 0.0, "dense", phase="dense", realised=0.0), row(good, 0.5), row(bad, 0.7), row(good, 0.9)]
-        rows += [replaced(one, task="u") for one in rows[:2]] + [row(good, 0.7, task="u"), row(good, 0.9, task="u")]
-        found = max_safe_sparsity(Frontier(tuple(rows)))[0]
+        rows += [replaced(one, task="u") for one in rows[:2]] + [row(good, s, task="u") for s in (0.7, 0.9)]
+        rows += [replaced(one, task="cannot", scores=tuple(weak)) for one in rows[:4]]
+        return Frontier(tuple(rows))
+
+    def test_the_largest_safe_sparsity_stops_at_the_first_loss(self):
+        found = max_safe_sparsity(self.made())[0]
         assert found.tasks == {"t": 0.5, "u": 0.9}
         assert found.everywhere == 0.5
+        assert found.outcomes["t"] == {0.5: True, 0.7: False, 0.9: False}
+        assert [found.safe_at(sparsity) for sparsity in (0.5, 0.7, 0.9)] == [True, False, False]
         assert found.differences["t"][0.7].mean == -1.0
+
+    def test_tasks_that_dense_attention_does_not_do_are_left_out(self):
+        found = max_safe_sparsity(self.made(unable=0.4))[0]
+        assert found.left_out == {"cannot": "dense attention scores 0.40, below 0.5"}
+        assert "cannot" not in found.outcomes
+        assert "cannot" in max_safe_sparsity(self.made(unable=0.4), able=0.3)[0].outcomes
+
+    def test_too_few_prompts_conclude_nothing_but_a_loss(self):
+        found = max_safe_sparsity(self.made(count=10))[0]
+        assert found.tasks == {}
+        assert found.everywhere is None
+        assert [found.safe_at(sparsity) for sparsity in (0.5, 0.7, 0.9)] == [None, False, False]
+        assert found.outcomes["u"] == {0.5: None, 0.7: None, 0.9: None}
+        assert found.left_out["t"] == "10 prompts cannot tell; 72 are needed"
+        nothing = max_safe_sparsity(Frontier(self.made().where(task="cannot").rows))[0]
+        assert nothing.everywhere is None is nothing.safe_at(0.5)
+
+    def test_what_cannot_be_tested_is_refused(self):
+        with pytest.raises(ConfigurationError, match="2 and 3 scores"):
+            paired_test([1.0, 1.0], [1.0] * 3)
+        with pytest.raises(ConfigurationError, match=r"tolerance 1.0; they must be"):
+            paired_test([1.0], [1.0], tolerance=1.0)
+        with pytest.raises(ConfigurationError, match="must be above 0"):
+            prompts_needed(tolerance=0.0)
 
 
 def replaced(one, **changes):
@@ -291,6 +363,13 @@ class TestIsoFlops:
         sparse = row([1.0], 0.75, realised=0.75, selection_flops=500.0)
         assert flops(sparse, "prefill") == 2 * 1000 * 128 + 4 * 32 * 2 * pairs * 0.25 + 500
         assert flops(sparse, "decode") == 2 * 1000 + 4 * 32 * 2 * 128  # decoding stays dense
+
+    def test_methods_that_evict_choose_once_a_prompt(self):
+        evicted = row([1.0], 0.75, "snap-kv", phase="decode", selection_flops=500.0)
+        assert flops(evicted, "decode") == 2 * 1000 + 4 * 32 * 2 * 128 * 0.25
+        assert flops(evicted, "prefill") == 2 * 1000 * 128 + 4 * 32 * 2 * 128 * 129 / 2 + 500
+        every_token = row([1.0], 0.75, "quest", phase="decode", selection_flops=500.0)
+        assert flops(every_token, "decode") == flops(evicted, "decode") + 500
 
     def test_a_large_sparse_model_can_win(self):
         small = row([0.2, 0.2], 0.0, "dense", phase="dense", realised=0.0)

@@ -103,6 +103,39 @@ def test_sparsities_that_a_method_cannot_reach_are_rows_without_scores(loaded):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_rows_of_another_model_or_with_other_options_are_not_taken_from_a_journal(subject, tmp_path):
+    tasks = {"needle": Needle(wording="terse")}
+    other = LlamaForCausalLM(subject.model.config).eval()
+    assert Subject(other, subject.tokenizer).fingerprint != subject.fingerprint
+    assert Subject(subject.model, subject.tokenizer).fingerprint == subject.fingerprint
+    lines = []
+    for model, options in (
+        (subject, {}),
+        (subject, {}),
+        (Subject(other, subject.tokenizer), {}),
+        (subject, {"sinks": 2}),
+    ):
+        methods = {"snap-kv": contender("snap-kv", tasks.values(), **options)}
+        journal = tmp_path / "journal.jsonl"
+        frontier({"tiny": model}, methods, tasks, [96], [0.5], samples=2, progress=False, journal=journal)
+        lines.append(len(journal.read_text().splitlines()))
+    assert lines == [3, 3, 5, 6]
+
+
+def test_overwriting_drops_the_journal_of_an_interrupted_run(loaded, tmp_path):
+    (tmp_path / "journal.jsonl").write_text("of another run\n")
+    with pytest.raises(CheckpointError, match="other tasks, samples or seed"):
+        small(tmp_path, methods=["quest"], samples=1)
+    small(tmp_path, methods=["quest"], samples=1, overwrite=True)
+    assert (tmp_path / "attention.json").exists()
+
+
+def test_what_is_safe_is_unknown_where_prompts_are_few_or_the_model_cannot_do_the_task(loaded):
+    result = small()
+    assert [row["safe"] for row in result.table()] == [True, None, None, None, None]
+    assert "needle (dense attention scores" in result.unknown
+
+
 def test_the_table_names_what_is_safe(loaded):
     rows = small().table()
     assert [row["method"] for row in rows] == ["dense", "vertical-slash", "vertical-slash", "quest", "quest"]
@@ -131,6 +164,7 @@ def test_adaptive_methods_are_calibrated_on_other_prompts_of_the_same_tasks(subj
         ({"samples": 0}, ConfigurationError, "samples is 0"),
         ({"batch_size": 0}, ConfigurationError, "batch_size is 0"),
         ({"tolerance": -1.0}, ConfigurationError, "tolerance is -1"),
+        ({"tolerance": 1.0}, ConfigurationError, "tolerance is 1.0"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(loaded, options, error, message):

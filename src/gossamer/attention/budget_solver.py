@@ -239,7 +239,8 @@ def _double_sparsity(
     method.tokens = 1.0 if sparsity == 0 else max(1, round(tokens * length))
     reached = 0.0 if sparsity == 0 else (1 - dense) * (1 - int(method.tokens) / length)
     _within("double-sparsity", method, reached, sparsity, length)
-    method.calibrate(model, data, progress=False)
+    if method.channel_order is None:
+        method.calibrate(model, data, progress=False)
     return method
 
 

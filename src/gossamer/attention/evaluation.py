@@ -40,7 +40,10 @@ def contender(name: str, tasks: Iterable[Task], seed: int = 0, **options: Any) -
             data = [batch_of([sample.prompt[:-1] for sample in part]) for part in prompts]
         return budget_for(name, length, sparsity, subject.model, data, **options)
 
-    return Contender(rule.phase, at)
+    said = f"{sorted(options.items())!r}"
+    if rule.adaptive:
+        said += f", found on {kinds!r} with seed {seed}"
+    return Contender(rule.phase, at, said)
 
 
 def chosen_tasks(names: Sequence[str], **options: Any) -> dict[str, Task]:

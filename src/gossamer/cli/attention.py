@@ -18,16 +18,19 @@ def attention_eval(
     methods: Annotated[str | None, typer.Option(help="separated by commas; by default all")] = None,
     sparsities: Annotated[str, typer.Option(help="shares of attention to leave out, in (0, 1)")] = "0.5,0.75,0.9",
     lengths: Annotated[str, typer.Option(help="tokens of prompts")] = "1024",
-    tasks: Annotated[str, typer.Option(help="what is asked of the model")] = (
-        "needle,variable-tracking,common-words,story-retrieval"
-    ),
-    samples: Annotated[int, typer.Option(help="prompts for each task and length")] = 10,
+    tasks: Annotated[
+        str, typer.Option(help="what is asked of the model: names of gossamer.measure.long_context.TASKS")
+    ] = ("needle,variable-tracking,common-words,story-retrieval"),
+    samples: Annotated[
+        int, typer.Option(help="prompts for each task and length; 86 to call a sparsity safe on four tasks")
+    ] = 10,
     seed: Annotated[int, typer.Option(help="of the prompts, which are the same for all methods")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="directory for rows and a picture; an interrupted run goes on")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="prompts that are answered together")] = 1,
     tolerance: Annotated[float, typer.Option(help="loss of accuracy that counts as safe")] = 0.05,
+    reasoning: Annotated[bool, typer.Option("--reasoning", help="let the model reason before it answers")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +49,7 @@ def attention_eval(
         output,
         batch_size=batch_size,
         tolerance=tolerance,
+        reasoning=reasoning,
         overwrite=overwrite,
         progress=not as_json,
         say=(lambda line: None) if as_json else console.print,
@@ -63,9 +67,11 @@ def attention_eval(
             _share(row["realised"]),
             _share(row["accuracy"]),
             _share(row["dense"]),
-            "yes" if row["safe"] else "no",
+            {True: "yes", False: "no", None: "unknown"}[row["safe"]],
         )
     console.print(table)
+    if found.unknown:
+        console.print(found.unknown, soft_wrap=True)
     if output is not None:
         console.print(f"{output / 'attention.json'}, {output / 'attention.png'}", soft_wrap=True)
 

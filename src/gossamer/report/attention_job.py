@@ -79,9 +79,12 @@ class AttentionEvaluation:
         return _finite(plain)
 
     def table(self) -> list[dict[str, Any]]:
-        """Rows to print: method, length, sparsity asked for and realised, accuracy, that of dense attention, safe."""
+        """Rows to print: method, length, sparsity asked for and realised, accuracy, that of dense attention, safe.
+
+        The last is None where prompts are too few to tell, or dense attention does none of the tasks.
+        """
         rows = []
-        safe = {(one.method, one.length): one.everywhere for one in self.safe}
+        safe = {(one.method, one.length): one for one in self.safe}
         for length in self.frontier.values("length"):
             part = self.frontier.where(length=length)
             dense = part.where(method=DENSE).accuracy
@@ -90,8 +93,16 @@ class AttentionEvaluation:
                     cell = part.where(method=method, sparsity=sparsity)
                     row = {"method": method, "phase": cell.rows[0].phase, "length": length, "sparsity": sparsity}
                     row |= {"realised": cell.realised, "accuracy": cell.accuracy, "dense": dense}
-                    rows.append(row | {"safe": method == DENSE or sparsity <= safe.get((method, length), 0.0)})
+                    rows.append(row | {"safe": method == DENSE or safe[method, length].safe_at(sparsity)})
         return rows
+
+    @property
+    def unknown(self) -> str:
+        """Why of some sparsities it is not known whether they are safe; empty if it is known of all."""
+        if all(row["safe"] is not None for row in self.table()):
+            return ""
+        reasons = dict.fromkeys(f"{task} ({why})" for one in self.safe for task, why in one.left_out.items())
+        return f"safe or not is unknown on {', '.join(reasons)}" if reasons else ""
 
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw accuracy against realised sparsity, a picture for each phase and length.
@@ -125,6 +136,7 @@ def evaluate_attention(
     *,
     batch_size: int = 1,
     tolerance: float = 0.05,
+    reasoning: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -142,7 +154,8 @@ def evaluate_attention(
     tasks
         Names in :data:`gossamer.measure.long_context.TASKS`.
     samples, seed
-        Prompts for each task and length, the same for all methods.
+        Prompts for each task and length, the same for all methods. To call a sparsity safe takes as many as
+        :func:`gossamer.measure.long_context.prompts_needed` says: 86 for four tasks and a tolerance of 0.05.
     output
         Folder for ``attention.json``, ``attention.png`` and ``journal.jsonl``, with which a run that was interrupted
         goes on; nothing is written without it.
@@ -150,8 +163,10 @@ def evaluate_attention(
         Prompts that are answered together.
     tolerance
         Loss of accuracy that counts as safe.
+    reasoning
+        Whether the model is to reason before it answers; see :class:`gossamer.measure.long_context.Task`.
     overwrite
-        Whether a finished evaluation in the folder may be replaced.
+        Whether an evaluation in the folder, finished or interrupted, is replaced.
     progress, say
         Whether to show a bar, and what is told of the model's licence.
 
@@ -170,13 +185,13 @@ def evaluate_attention(
     """
     for name in methods:
         rule_of(name)
-    chosen = chosen_tasks(tasks)
+    chosen = chosen_tasks(tasks, **({"reasoning": True} if reasoning else {}))
     _check_numbers(lengths, sparsities, samples, batch_size, tolerance)
     folder = None if output is None else _folder(Path(output), overwrite)
     loaded = load(model, dtype="float32")
     if loaded.licence:
         say(loaded.licence)
-    _check_positions(loaded.model, lengths)
+    _check_positions(loaded.model, lengths, 320 if reasoning else 64)
     subject = Subject(loaded.model, loaded.tokenizer)
     contenders = {name: contender(name, list(chosen.values()), seed) for name in methods}
     rows = frontier(
@@ -184,8 +199,8 @@ def evaluate_attention(
         batch_size=batch_size, journal=None if folder is None else folder / "journal.jsonl", progress=progress,
     )  # fmt: skip
     settings = {"methods": list(methods), "sparsities": list(sparsities), "lengths": list(lengths)}
-    settings |= {"tasks": list(tasks), "samples": samples, "seed": seed, "tolerance": tolerance}
-    safe = tuple(max_safe_sparsity(rows, tolerance=tolerance)) if samples > 1 else ()
+    settings |= {"tasks": list(tasks), "samples": samples, "seed": seed, "tolerance": tolerance, "reasoning": reasoning}
+    safe = tuple(max_safe_sparsity(rows, tolerance=tolerance))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = AttentionEvaluation(Path(model).name, settings, rows, safe, describe_machine(), today)
     if folder is not None:
@@ -206,16 +221,17 @@ def _check_numbers(
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigurationError(f"{name} is {value}; at least 1 prompt is needed")
-    if not 0 <= tolerance <= 1:
-        raise ConfigurationError(f"tolerance is {tolerance}; it must be in [0, 1], such as 0.05")
+    if not 0 <= tolerance < 1:
+        raise ConfigurationError(f"tolerance is {tolerance}; it must be in [0, 1), such as 0.05")
 
 
-def _check_positions(model: Any, lengths: Sequence[int]) -> None:
+def _check_positions(model: Any, lengths: Sequence[int], answer: int) -> None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and max(lengths) + 64 > most:
+    if most is not None and max(lengths) + answer > most:
         raise ConfigurationError(
-            f"a length is {max(lengths)}, but the model reads {most} tokens, answer included; give at most {most - 64}"
+            f"a length is {max(lengths)}, but the model reads {most} tokens, answer included; give at most "
+            f"{most - answer}"
         )
 
 
@@ -226,7 +242,7 @@ def _folder(path: Path, overwrite: bool) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be created ({error.strerror}); choose another output folder") from None
-    if overwrite and (path / "attention.json").exists():
+    if overwrite:
         (path / "journal.jsonl").unlink(missing_ok=True)
     return path
 

@@ -12,10 +12,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
 from gossamer.core.progress import track
@@ -26,6 +28,7 @@ from gossamer.measure.long_context.tasks import Task
 
 Phase = Literal["prefill", "decode"]
 DENSE = "dense"
+_WEIGHTS_SEEN = 64  # of every matrix, for a fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,16 @@ class Subject:
     def parameters(self) -> int:
         """Weights, embeddings included."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the configuration and a few values of every weight: other models have another one."""
+        digest = hashlib.sha256(json.dumps(self.model.config.to_dict(), sort_keys=True, default=str).encode())  # type: ignore[operator,union-attr]
+        for name, weight in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            flat = weight.detach().flatten()
+            some = flat[:: max(1, len(flat) // _WEIGHTS_SEEN)].to("cpu", torch.float64)
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def geometry(self) -> dict[str, int]:
@@ -79,10 +92,13 @@ class Contender:
         What it makes sparse.
     at
         ``at(subject, length, sparsity)`` gives the method; raises SparsityError where it cannot reach the sparsity.
+    options
+        What `at` was made with, in words: a journal does not take rows with other options for these.
     """
 
     phase: Phase
     at: Callable[[Subject, int, float], Method]
+    options: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,8 @@ def frontier(
     batch_size
         Prompts that are answered together.
     journal
-        File that keeps finished rows, one a line; a run that finds it goes on where it stopped.
+        File that keeps finished rows, one a line; a run that finds it goes on where it stopped. Rows of another model
+        of the same name, or of a method with other options, are not taken for these.
     progress
         Whether to show a bar.
 
@@ -218,18 +235,20 @@ def frontier(
         If the journal is of another run.
     """
     _check(models, methods, tasks, lengths, sparsities, samples)
-    settings = {"tasks": {name: repr(task) for name, task in tasks.items()}, "samples": samples, "seed": seed}
+    shown = {name: f"{task!r}{' with reasoning' if task.reasoning else ''}" for name, task in tasks.items()}
+    settings = {"tasks": shown, "samples": samples, "seed": seed}
     kept = _Journal(journal, settings)
     cells = list(_cells(models, methods, tasks, lengths, sparsities))
     rows = []
     solved: dict[tuple[Any, ...], Method | str] = {}
     for cell in track(cells, "sparse attention", enabled=progress):
-        row = kept.find(cell)
+        subject, contender, task = models[cell[0]], methods.get(cell[1]), tasks[cell[2]]
+        key = f"{subject.fingerprint} {contender.options if contender else ''} {cell!r}"
+        row = kept.find(key)
         if row is None:
-            subject, contender, task = models[cell[0]], methods.get(cell[1]), tasks[cell[2]]
             prompts = draw(task, subject.tokenizer, cell[3], samples, seed)
             row = _run(cell, subject, contender, task, prompts, batch_size, solved)
-            kept.add(cell, row)
+            kept.add(key, row)
         rows.append(row)
     return Frontier(tuple(rows))
 
@@ -291,7 +310,7 @@ def _run(
 
 
 def _scores(task: Task, given: Sequence[str], prompts: Sequence[Sample]) -> tuple[float, ...]:
-    return tuple(float(task.score(answer, prompt.gold)) for answer, prompt in zip(given, prompts, strict=True))
+    return tuple(float(task.judge(answer, prompt.gold)) for answer, prompt in zip(given, prompts, strict=True))
 
 
 def _check(models: Any, methods: Any, tasks: Any, lengths: Any, sparsities: Any, samples: int) -> None:
@@ -334,14 +353,14 @@ class _Journal:
             self.found[entry["cell"]] = Row(**entry["row"] | {"scores": tuple(entry["row"]["scores"])})
         self._rewrite(head)
 
-    def find(self, cell: Cell) -> Row | None:
-        return self.found.get(repr(cell))
+    def find(self, key: str) -> Row | None:
+        return self.found.get(key)
 
-    def add(self, cell: Cell, row: Row) -> None:
-        self.found[repr(cell)] = row
+    def add(self, key: str, row: Row) -> None:
+        self.found[key] = row
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(repr(cell), row) + "\n")
+                file.write(_line(key, row) + "\n")
 
     def _rewrite(self, head: str) -> None:
         assert self.path is not None

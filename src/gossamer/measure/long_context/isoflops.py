@@ -2,7 +2,9 @@
 
 Operations of a prompt of n tokens: 2 N n for the weights, 4 · width for each of the n (n + 1) / 2 pairs of every layer
 that are computed, and what choosing them costs. Of a decoded token: 2 N, 4 · width for each of the n pairs of every
-layer, and the choosing. The formula is reconstructed from the paper's description, not from its code.
+layer, and the choosing, unless a method evicts: it chooses once, when the prompt has been read, which is a part of the
+prompt's price however many tokens are decoded. The formula is reconstructed from the paper's description, not from its
+code.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from gossamer.errors import ConfigurationError
 from gossamer.measure.long_context.frontier import DENSE, Frontier, Row
 
 Phase = Literal["prefill", "decode"]
+
+EVICTING = frozenset({"snap-kv", "ada-snap-kv"})
+"""Methods that choose once a prompt, and not once a decoded token."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def flops(row: Row, phase: Phase) -> float:
     if phase not in ("prefill", "decode"):
         raise ConfigurationError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
     kept = 1 - (row.realised or 0.0) if row.phase == phase else 1.0
-    choosing = row.selection_flops if row.phase == phase else 0.0
+    chosen_in = "prefill" if row.method in EVICTING else row.phase
+    choosing = row.selection_flops if chosen_in == phase else 0.0
     width = row.heads * row.head_size
     pairs = row.length * (row.length + 1) / 2 if phase == "prefill" else row.length
     tokens = row.length if phase == "prefill" else 1

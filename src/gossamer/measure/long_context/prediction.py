@@ -67,18 +67,6 @@ def answers(
     return found
 
 
-def answer_nll(model: nn.Module, samples: Sequence[Sample], tokenizer: Any, decoded_prompt: int = 1) -> list[float]:
-    """Mean negative log-likelihood, in nats a token, of the right answers, decoded one token after another."""
-    found = []
-    with evaluation_mode(model):
-        for sample in samples:
-            wanted = list(tokenizer(sample.answer, add_special_tokens=False)["input_ids"])
-            text = torch.tensor([[*sample.prompt, *wanted]], device=model_device(model))
-            logs = decoded_nll(model, text, len(sample.prompt) - decoded_prompt)
-            found.append(float(logs[-len(wanted) :].mean()))
-    return found
-
-
 def decoded_nll(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
     """Negative log-likelihood of each token behind a prompt and the one after it, decoded one by one.
 

@@ -59,8 +59,8 @@ class QuestionAnswering(Task):
         passages of Moby-Dick.
     documents
         How many there are, at most.
-    text
-        Where the prose between documents is from.
+    text, reasoning
+        Where the prose between documents is from; and as in :class:`~gossamer.measure.long_context.tasks.Task`.
     """
 
     source: Literal["addresses", "novel"] = "addresses"

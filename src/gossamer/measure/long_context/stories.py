@@ -74,7 +74,7 @@ class Story(Task):
     ----------
     chapters
         How many; None writes as many as fill about half of the prompt.
-    wording, text
+    wording, text, reasoning
         As in :class:`~gossamer.measure.long_context.tasks.Task`.
     """
 
@@ -140,7 +140,7 @@ class StoryRetrieval(Story):
 
     Parameters
     ----------
-    chapters, wording, text
+    chapters, wording, text, reasoning
         As in :class:`Story`.
     """
 
@@ -170,7 +170,7 @@ class StoryMultihop(Story):
 
     Parameters
     ----------
-    chapters, wording, text
+    chapters, wording, text, reasoning
         As in :class:`Story`.
     """
 
@@ -199,7 +199,7 @@ class StoryFiltering(Story):
     ----------
     empty
         How many such chapters there are.
-    chapters, wording, text
+    chapters, wording, text, reasoning
         As in :class:`Story`.
     """
 

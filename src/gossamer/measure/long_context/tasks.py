@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,10 @@ from gossamer.measure.long_context.sample import (
 )
 from gossamer.measure.long_context.words import ADJECTIVES, THINGS, normalised, tokens_of
 
+_ANSWER = "Answer:"
+_REASONING = f"\nReason step by step. Then write '{_ANSWER}' and nothing but the answer."
+_REASONING_TOKENS = 256
+
 Wording = Literal["prose", "terse"]
 Level = Literal["low", "high"]
 
@@ -43,10 +47,14 @@ class Task(ABC):
         :func:`~gossamer.measure.long_context.words.small_vocabulary`, for models of a few thousand weights.
     text
         Where prose is taken from; see :func:`gossamer.models.text.read_text`.
+    reasoning
+        Whether the model is to reason before it answers, as large ones should: the answer is not begun for it, and only
+        what follows its last ``Answer:`` counts. The prompts are the same otherwise.
     """
 
     wording: Wording = "prose"
     text: str = "moby-dick"
+    reasoning: bool = field(default=False, repr=False)  # prompts are drawn by what is shown
 
     name: ClassVar[str]
     dispersion: ClassVar[Level]
@@ -55,6 +63,8 @@ class Task(ABC):
     def __post_init__(self) -> None:
         if self.wording not in ("prose", "terse"):
             raise ConfigurationError(f"wording is {self.wording!r}; it must be 'prose' or 'terse'")
+        if self.reasoning and self.wording == "terse":
+            raise ConfigurationError("the words of terse prompts are too few to reason in; set wording='prose'")
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, max_tokens: int, tokenizer: Any) -> Sample:
@@ -70,6 +80,13 @@ class Task(ABC):
     def score(self, prediction: str, gold: tuple[str, ...]) -> float:
         """How right an answer is, from 0 to 1."""
 
+    def judge(self, prediction: str, gold: tuple[str, ...]) -> float:
+        """How right an answer is, from 0 to 1; where there is reasoning, by what follows it."""
+        if not self.reasoning:
+            return self.score(prediction, gold)
+        _, found, answer = prediction.rpartition(_ANSWER)
+        return self.score(answer, gold) if found else 0.0
+
     def _filler(self, tokenizer: Any, rng: np.random.Generator) -> Filler:
         return small_talk(tokenizer, rng) if self.wording == "terse" else prose(self.text, tokenizer, rng)
 
@@ -84,8 +101,11 @@ class Task(ABC):
         filler: Filler | None = None,
     ) -> Sample:
         fill = self._filler(tokenizer, rng) if filler is None else filler
-        prompt, spans = assemble(pieces, fill, max_tokens, tokenizer, rng)
         spare = 0 if self.wording == "terse" else 8
+        if self.reasoning:
+            pieces = replace(pieces, tail=pieces.tail + _REASONING, lead="")
+            spare += _REASONING_TOKENS
+        prompt, spans = assemble(pieces, fill, max_tokens, tokenizer, rng)
         return Sample(prompt, gold, answer, spans, len(tokens_of(answer, tokenizer)) + spare)
 
 
@@ -99,7 +119,7 @@ class Needle(Task):
         Keys that are asked for.
     distractors
         Other keys with values; None hides as many as fit, instead of prose.
-    wording, text
+    wording, text, reasoning
         As in :class:`Task`.
     """
 
@@ -189,7 +209,7 @@ class VariableTracking(Task):
     ----------
     chains, hops
         Chains of assignments, and assignments from variable to variable in each.
-    wording, text
+    wording, text, reasoning
         As in :class:`Task`.
     """
 
@@ -267,7 +287,7 @@ class CommonWords(Task):
         How many words are common.
     share
         Of the list, what they take together.
-    wording, text
+    wording, text, reasoning
         As in :class:`Task`; in prose the words are those of the text.
     """
 
