@@ -80,6 +80,28 @@ def test_only_the_roles_and_names_asked_for_come_back():
     assert {site.block for site in find_input_sites(model, include=["*.layers.1.*"])} == {"model.layers.1"}
 
 
+def test_attention_is_found_beside_stacked_experts():
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    assert set(by_role(model)) == {"q", "k", "v", "o"}
+    with pytest.raises(TargetError, match="no layer of MixtralForCausalLM matches"):
+        find_input_sites(model, ["gate", "up"])
+
+
+def test_layers_inside_adapters_keep_their_roles_and_names():
+    peft = pytest.importorskip("peft")
+    before = {site.name: site.role for site in find_input_sites(tiny_model())}
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    sites = find_input_sites(model)
+    assert {site.name: site.role for site in sites} == {f"base_model.model.{name}": r for name, r in before.items()}
+    assert all(site.module is model.get_submodule(site.name) for site in sites)
+    gate = find_gate_sites(model)[0]
+    assert gate.called(gate.up) is model.get_submodule(gate.up.module_name)
+
+
 def test_unknown_roles_and_empty_choices_are_refused():
     with pytest.raises(UnknownNameError, match="role"):
         find_input_sites(tiny_model(), ["w"])

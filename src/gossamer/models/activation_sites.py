@@ -2,13 +2,14 @@
 
 What a layer is for is found by what it does. The matrices of attention and of feed-forward layers come from
 :mod:`~gossamer.models.heads` and :mod:`~gossamer.models.feedforward_search`; of the two widening matrices of a gated
-layer the gate is the one in which the output is not linear.
+layer the gate is the one in which the output is not linear. Layers that PEFT has wrapped are found as what they were,
+and hooked as what they have become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from gossamer.errors import ModelError, TargetError, UnknownNameError
 from gossamer.models.blocks import find_stacks
 from gossamer.models.feedforward import FeedForward
 from gossamer.models.feedforward_search import call_container, find_feed_forwards
+from gossamer.models.feedforward_taps import as_it_was
 from gossamer.models.heads import AttentionHeads, find_attention_heads
 
 SiteRole = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
@@ -39,11 +41,14 @@ class InputSite:
         What it is for; ``up`` also where a feed-forward layer has no gate.
     block
         Name of the block it belongs to.
+    wrapper
+        The module that is called in the layer's place, with adapters for instance; None if that is the layer itself.
     """
 
     target: Target
     role: SiteRole
     block: str
+    wrapper: nn.Module | None = None
 
     @property
     def name(self) -> str:
@@ -52,8 +57,8 @@ class InputSite:
 
     @property
     def module(self) -> nn.Module:
-        """The layer."""
-        return self.target.module
+        """What is called: the layer, or the wrapper around it."""
+        return self.wrapper or self.target.module
 
     @property
     def width(self) -> int:
@@ -83,6 +88,8 @@ class GateSite:
         are fused, and no `up` where there is no gate.
     block
         Name of the block it belongs to.
+    wrappers
+        Id of a layer → the module that is called in its place, with adapters for instance.
     """
 
     name: str
@@ -91,11 +98,16 @@ class GateSite:
     gate: Target
     up: Target | None
     block: str
+    wrappers: Mapping[int, nn.Module] = field(default_factory=dict, repr=False)
 
     @property
     def width(self) -> int:
         """Number of channels in the middle."""
         return self.layer.width
+
+    def called(self, target: Target) -> nn.Module:
+        """What is called to compute with a matrix of the layer: its own module, or the wrapper around it."""
+        return self.wrappers.get(id(target.module), target.module)
 
 
 def find_input_sites(
@@ -120,21 +132,16 @@ def find_input_sites(
     UnknownNameError
         If there is no such role.
     TargetError
-        If no layer is left, or the model has no feed-forward layer.
+        If no layer is left. (Stacked experts are no linear layers: of a mixture there is attention.)
     """
     for role in set(roles) - set(ROLES):
         raise UnknownNameError("role of a layer", role, ROLES)
     blocks = [name for stack in find_stacks(model) for name in stack.blocks]
-    found: dict[str, SiteRole] = {}
-    layers = find_feed_forwards(model)
-    for layer in layers:
-        found |= _feed_forward_roles(layer)
-    targets = {t.module_name: t for t in find_targets(model, heads=True) if t.index is None}
-    inside = {target.module_name for layer in layers for target in layer.targets}
-    for heads in _attention(model):
-        found |= _attention_roles(heads, {n: t for n, t in targets.items() if n not in inside})
+    with as_it_was(model) as wrappers:
+        targets = {t.module_name: t for t in find_targets(model, heads=True) if t.index is None}
+        found = _roles(model, targets)
     sites = [
-        InputSite(target, found[name], next((b for b in blocks if name.startswith(f"{b}.")), name))
+        InputSite(target, found[name], _block(name, blocks), wrappers.get(id(target.module)))
         for name, target in targets.items()
         if name in found and found[name] in roles
     ]
@@ -145,6 +152,33 @@ def find_input_sites(
             f"exclude={list(exclude)}; its {len(found)} layers have the roles {', '.join(sorted(set(found.values())))}"
         )
     return chosen
+
+
+def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """All layers that :func:`find_input_sites` finds, name → ``(out, in)``: what tells two models apart."""
+    return {site.name: (site.target.shape[0], site.target.shape[1]) for site in find_input_sites(model)}
+
+
+def _roles(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, SiteRole]:
+    found: dict[str, SiteRole] = {}
+    try:
+        layers = find_feed_forwards(model)
+    except TargetError:
+        layers = []
+        if not (attention := _attention(model)):
+            raise
+    else:
+        attention = _attention(model)
+    for layer in layers:
+        found |= _feed_forward_roles(layer)
+    inside = {target.module_name for layer in layers for target in layer.targets}
+    for heads in attention:
+        found |= _attention_roles(heads, {n: t for n, t in targets.items() if n not in inside})
+    return found
+
+
+def _block(name: str, blocks: Sequence[str]) -> str:
+    return next((block for block in blocks if name.startswith(f"{block}.")), name)
 
 
 def find_gate_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> list[GateSite]:
@@ -164,14 +198,20 @@ def find_gate_sites(model: nn.Module, include: Sequence[str] = ("*",), exclude: 
     ModelError
         If a layer computes its activation without a module of its own, or shares that with another.
     """
-    layers = find_feed_forwards(model)
-    chosen = [layer for layer in layers if _matches(layer.name, include) and not _matches(layer.name, exclude)]
-    if not chosen:
-        raise TargetError(
-            f"no feed-forward layer of {type(model).__name__} matches include={list(include)} exclude={list(exclude)}; "
-            f"they have names such as {layers[0].name!r}"
-        )
-    sites = [gate_site(layer) for layer in chosen]
+    with as_it_was(model) as wrappers:
+        layers = find_feed_forwards(model)
+        chosen = [layer for layer in layers if _matches(layer.name, include) and not _matches(layer.name, exclude)]
+        if not chosen:
+            raise TargetError(
+                f"no feed-forward layer of {type(model).__name__} matches include={list(include)} "
+                f"exclude={list(exclude)}; they have names such as {layers[0].name!r}"
+            )
+        found = [gate_site(layer) for layer in chosen]
+        places = [_name_of(model, site.activation) for site in found]
+    # an activation that had stood aside for another is in its place again
+    sites = [
+        replace(site, activation=model.get_submodule(place), wrappers=wrappers) for site, place in zip(found, places)
+    ]
     owners: dict[int, str] = {}
     for site in sites:
         if (other := owners.setdefault(id(site.activation), site.name)) != site.name:
@@ -206,6 +246,10 @@ def gate_site(layer: FeedForward) -> GateSite:
             f"wrap the activation in a module, or choose a method that works on the inputs of layers, such as 'teal'"
         )
     return GateSite(layer.name, layer, called[0], gate, up, layer.block)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _attention(model: nn.Module) -> list[AttentionHeads]:

@@ -10,6 +10,7 @@ from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.architecture import blank_model
 from gossamer.models.gguf import clear_quantised_mark, quiet_transformers
 from gossamer.storage.atomic import atomic_directory
+from gossamer.storage.models import check_saveable
 
 
 def save_dense(
@@ -42,7 +43,7 @@ def save_dense(
     ConfigurationError
         If layers were shrunk unevenly, which a stock configuration cannot express.
     ModelError
-        If it is not a transformers model, or transformers cannot save it.
+        If it is not a transformers model, transformers cannot save it, or it is rotated.
     OutputError
         If the directory is in use or cannot be written.
     """
@@ -50,6 +51,7 @@ def save_dense(
         raise ModelError(
             f"{type(model).__name__} is not a transformers model; save it packed with gossamer.storage.save"
         )
+    check_saveable(model)
     clear_quantised_mark(model)
     config = model.config
     model.config = _shrunk_config(model)

@@ -84,7 +84,7 @@ def feed_forward_taps(model: nn.Module, place: Place = "middle") -> list[Tap]:
 
     if place == "activation":
         return [Tap(a.name, a.module, "output", group(a.name)) for a in feed_forward_activations(model)]
-    with _as_it_was(model) as wrappers:
+    with as_it_was(model) as wrappers:
         layers = find_feed_forwards(model)
     modules = [(layer, wrappers.get(id(layer.down.module), layer.down.module)) for layer in layers]
     return [Tap(layer.down.module_name, module, "input", group(layer.name)) for layer, module in modules]
@@ -101,7 +101,7 @@ def feed_forward_activations(model: nn.Module) -> list[Activation]:
     TargetError
         If the model has no feed-forward layer, or one calls a function instead.
     """
-    with _as_it_was(model):
+    with as_it_was(model):
         layers = find_feed_forwards(model)
         found: dict[int, Activation] = {}
         for layer in layers:
@@ -188,7 +188,7 @@ def _is_pointwise(module: nn.Module, values: Tensor) -> bool:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[dict[int, nn.Module]]:
+def as_it_was(model: nn.Module) -> Iterator[dict[int, nn.Module]]:
     """The model without the wrappers around its layers; original layer → wrapper, by id. They are put back.
 
     Activations whose channels compete, or stay silent on noise, stand aside for ones that do not: with them a layer

@@ -3,10 +3,15 @@
 An RMS norm without gain commutes with rotations of the residual stream, so that a rotation can be put between any two
 layers if the next layer undoes it. Where attention and feed-forward want different bases, the stream that skips them
 has to be rotated by the product of both, which costs a d × d matrix each [Chen et al., 2025, arXiv 2505.19427, §3.2].
+
+The skips live in hooks and not among the weights, so that a rotated model cannot be saved: save the original, and
+rotate again after loading.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ModelError
-from gossamer.models.activation_sites import ATTENTION_INPUTS, InputSite, find_input_sites
-from gossamer.models.blocks import find_stacks
-
-_SAMPLE = 4  # tokens of the call that shows which norm feeds which layer
+from gossamer.models.feedforward_search import _evaluating
+from gossamer.models.residual_halves import SAMPLE, Half, find_halves, norm_gain, sample_logits
 
 
 @dataclass(eq=False)
@@ -41,17 +44,6 @@ class Rotation:
         return sum(matrix.numel() for matrix in self.skips.values())
 
 
-@dataclass(eq=False)
-class _Half:
-    """One half of a block: a norm, the layers that read it, and the one that writes back to the stream."""
-
-    norm: nn.Module
-    readers: list[nn.Module]
-    writer: nn.Module
-    name: str
-    key: nn.Module
-
-
 def is_rotated(model: nn.Module) -> bool:
     """Whether :func:`orthogonalise` has been at this model."""
     return getattr(model, "_rotation", None) is not None
@@ -69,23 +61,45 @@ def orthogonalise(model: nn.Module) -> Rotation:
 
     Gains of norms are folded into the layers after them. The bases are the right singular vectors of each block's key
     matrix (of the fused one where query, key and value are one) and of its gate matrix; decompositions and products
-    are in float64. A tied output head gets a weight of its own.
+    are in float64. A tied output head gets a weight of its own. Weights are held twice meanwhile: if the rotated model
+    computes something else on a few tokens, all of them are put back.
+
+    From then on the model cannot be saved, since a file of weights has no room for the skips: its ``save_pretrained``
+    and :func:`gossamer.storage.save` refuse. Save the original, and rotate again after loading.
 
     Parameters
     ----------
     model
-        A decoder whose blocks are ``x + attention(norm(x))`` and ``x + feed_forward(norm(x))`` with RMS norms.
+        A decoder whose blocks are ``x + c · attention(norm(x))`` and ``x + c · feed_forward(norm(x))`` with RMS norms
+        and any number c (Granite has one that is not 1).
 
     Raises
     ------
     ModelError
         If its blocks are different: norms after attention or feed-forward layers (Gemma), norms that subtract the mean
-        (GPT-2, OPT), or one norm for both halves; or if it has been rotated already.
+        (GPT-2, OPT), norms that others read as well (the routers of mixtures of experts), one norm for both halves, no
+        key matrix (latent attention); or if it has been rotated already. The model is then as it was.
     """
     if is_rotated(model):
         raise ModelError("this model has been rotated already; load it again to start from the original")
     embedding, head = _ends(model)
-    halves, final = _halves(model, head)
+    with _evaluating(model):
+        halves, final = find_halves(model, head)
+        before = sample_logits(model)
+        hooks: list[Any] = []
+        parts = [embedding, head, final, *(m for half in halves for m in (half.norm, half.writer, *half.readers))]
+        with _undone_on_failure(model, parts, hooks):
+            rotation = Rotation(*_rotate(model, halves, final, embedding, head, hooks))
+            _check_same(model, before)
+    model._rotation = rotation  # type: ignore[assignment]
+    _refuse_to_save(model)
+    return rotation
+
+
+def _rotate(
+    model: nn.Module, halves: list[Half], final: nn.Module, embedding: nn.Module, head: nn.Module, hooks: list[Any]
+) -> tuple[dict[str, Tensor], bool]:
+    """Turn all weights, add the skips, and return what :class:`Rotation` keeps."""
     untied = _untie(model, embedding, head)
     for half in halves:
         _fold(half.norm, half.readers)
@@ -99,11 +113,58 @@ def orthogonalise(model: nn.Module) -> Rotation:
             _times(reader, basis)
         _turn_output(half.writer, after)
         skips[half.name] = (basis.T @ after).to(half.writer.weight.dtype)  # type: ignore[arg-type]
-        _rotate_skip(half, skips[half.name])
+        hooks += _rotate_skip(half, skips[half.name])
     _times(head, bases[-1])
-    rotation = Rotation(skips, untied)
-    model._rotation = rotation  # type: ignore[assignment]
-    return rotation
+    return skips, untied
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module, parts: Sequence[nn.Module], hooks: list[Any]) -> Iterator[None]:
+    """Put parameters back, and remove hooks, if anything goes wrong inside; copies are held on the CPU."""
+    kept = [
+        (m, n, p, p.detach().to("cpu", copy=True)) for m in parts for n, p in m._parameters.items() if p is not None
+    ]
+    config: Any = getattr(model, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None)
+    try:
+        yield
+    except BaseException:
+        for hook in hooks:
+            hook.remove()
+        for module, name, parameter, values in kept:
+            parameter.copy_(values)
+            module._parameters[name] = parameter
+        if tied is not None:
+            config.tie_word_embeddings = tied
+        raise
+
+
+def _check_same(model: nn.Module, before: Tensor) -> None:
+    after = sample_logits(model)
+    # what norms compute in float32 is no better than that
+    exact = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    allowed = 4 * max(exact, torch.finfo(torch.float32).eps) ** 0.5
+    change = float((after - before).norm() / before.norm())
+    if not change <= allowed:
+        raise ModelError(
+            f"the rotated {type(model).__name__} computes something else (logits of {SAMPLE} tokens differ by "
+            f"{change:.1%}), so its blocks are not x + attention(norm(x)) and x + feed_forward(norm(x)); its weights "
+            f"have been put back: use WINA without the transformation"
+        )
+
+
+def _refuse_to_save(model: nn.Module) -> None:
+    reason = (
+        f"this {type(model).__name__} has been rotated, and the matrices of its skip connections are no weights that "
+        f"could be saved; save the original, and call models.rotation.orthogonalise(model) after loading"
+    )
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise ModelError(reason)
+
+    model._unsaved = reason  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse  # type: ignore[assignment]
 
 
 def _ends(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -126,111 +187,18 @@ def _untie(model: nn.Module, embedding: nn.Module, head: nn.Module) -> bool:
     return True
 
 
-def _halves(model: nn.Module, head: nn.Module) -> tuple[list[_Half], nn.Module]:
-    """The halves of all blocks in order, and the norm before the head; refuses what cannot be rotated."""
-    sites = find_input_sites(model)
-    producers = _producers(model, [*(site.module for site in sites), head])
-    halves = []
-    for block in (name for stack in find_stacks(model) for name in stack.blocks):
-        own = [site for site in sites if site.block == block]
-        attention = [site for site in own if site.role in ATTENTION_INPUTS]
-        widening = [site for site in own if site.role in ("gate", "up", "gate_up")]
-        for readers, role, key in ((attention, "o", ("k", "qkv")), (widening, "down", ("gate", "gate_up", "up"))):
-            writer = next((site for site in own if site.role == role), None)
-            if not readers or writer is None:
-                raise ModelError(
-                    f"{block} has no {role} layer with readers; only blocks of attention and feed-forward turn"
-                )
-            halves.append(_half(readers, writer, key, producers))
-    if len({id(half.norm) for half in halves}) != len(halves):
-        raise ModelError(
-            f"{type(model).__name__} has one norm for attention and feed-forward, so a block cannot turn twice"
-        )
-    final = producers.get(id(head))
-    if final is None:
-        raise ModelError(f"the head of {type(model).__name__} does not read a norm; its basis cannot be undone")
-    for norm in [*(half.norm for half in halves), final]:
-        _gain(norm, halves[0].writer.weight.shape[0])  # type: ignore[union-attr, index]
-    return halves, final
-
-
-def _half(readers: list[InputSite], writer: InputSite, key: tuple[str, ...], producers: dict[int, nn.Module]) -> _Half:
-    norms = {id(norm): norm for site in readers if (norm := producers.get(id(site.module))) is not None}
-    if len(norms) != 1 or any(id(site.module) not in producers for site in readers):
-        raise ModelError(
-            f"{readers[0].name} does not read one norm together with the layers beside it, so its input cannot turn"
-        )
-    if any(site.target.transposed for site in [*readers, writer]):
-        raise ModelError(f"{writer.name} stores its weight transposed; only linear layers can be rotated")
-    ordered = sorted((s for s in readers if s.role in key), key=lambda s: key.index(s.role))
-    modules = [site.module for site in readers]
-    return _Half(next(iter(norms.values())), modules, writer.module, writer.name, ordered[0].module)
-
-
-def _producers(model: nn.Module, layers: list[nn.Module]) -> dict[int, nn.Module]:
-    """The norm whose output each layer reads; refuses norms that read what a layer writes to the stream."""
-    made: list[tuple[Tensor, nn.Module]] = []
-    read: list[tuple[Tensor, nn.Module]] = []
-    written: list[Tensor] = []
-    normed: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        if any(module is layer for layer in layers):
-            read.append((args[0], module))
-            written.append(output)
-        elif isinstance(output, Tensor) and args and isinstance(args[0], Tensor) and args[0].shape == output.shape:
-            made.append((output, module))
-            normed.append(args[0])
-
-    leaves = [m for m in model.modules() if not list(m.children())]
-    norms = [m for m in leaves if [p.dim() for p in m.parameters()] in ([1], [1, 1])]
-    handles = [m.register_forward_hook(note) for m in [*layers, *norms]]
-    try:
-        device = next(model.parameters()).device
-        model(torch.arange(_SAMPLE, device=device)[None], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    width = next(iter(layers)).weight.shape[1]  # type: ignore[union-attr, index]
-    for inputs in normed:
-        if inputs.shape[-1] == width and any(_is_view(inputs, output) for output in written):
-            raise ModelError(
-                f"{type(model).__name__} has norms after attention or feed-forward layers, before their output joins "
-                f"the stream; a rotation cannot pass through them: use WINA without the transformation"
-            )
-    return {id(layer): norm for inputs, layer in read for output, norm in made if _is_view(inputs, output)}
-
-
-def _is_view(one: Tensor, other: Tensor) -> bool:
-    # the head of some models reads a slice of what the norm puts out
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def _gain(norm: nn.Module, width: int) -> Tensor:
-    """By what a norm multiplies each channel, ``(d,)`` float64; refuses norms that are no RMS norms."""
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    sample = torch.randn(8, width, generator=torch.Generator().manual_seed(0)) + 1
-    probe = sample.to(weight.device, weight.dtype)
-    wide = probe.double()
-    found = norm(probe).double() / (wide / wide.square().mean(-1, keepdim=True).sqrt())
-    spread = (found - found.mean(0)).abs().max()
-    if spread > 20 * torch.finfo(weight.dtype).eps * found.abs().max() + 1e-4 * found.abs().max():
-        raise ModelError(f"a {type(norm).__name__} is no RMS norm (it subtracts the mean); its model cannot be rotated")
-    return found.mean(0)
-
-
 def _fold(norm: nn.Module, readers: list[nn.Module]) -> None:
     weight: Tensor = norm.weight  # type: ignore[assignment]
     before = weight.double().clone()
-    gain = _gain(norm, len(weight))
+    gain = norm_gain(norm, len(weight))
     for reader in readers:
         matrix: Tensor = reader.weight  # type: ignore[assignment]
-        matrix.copy_((matrix.double() * _exact_gain(before, gain)).to(matrix.dtype))
+        matrix.copy_((matrix.double() * _exactnorm_gain(before, gain)).to(matrix.dtype))
     # some keep the gain, some the gain minus one
     weight.fill_(0.0 if _is_offset(before, gain) else 1.0)
 
 
-def _exact_gain(weight: Tensor, measured: Tensor) -> Tensor:
+def _exactnorm_gain(weight: Tensor, measured: Tensor) -> Tensor:
     """The gain without the rounding of its measurement: the norm's weight, or one more."""
     return weight + 1 if _is_offset(weight, measured) else weight
 
@@ -252,17 +220,25 @@ def _turn_output(module: nn.Module, basis: Tensor) -> None:
         bias.copy_((basis.T.to(bias.device) @ bias.double()).to(bias.dtype))
 
 
-def _rotate_skip(half: _Half, matrix: Tensor) -> None:
+def _rotate_skip(half: Half, matrix: Tensor) -> list[Any]:
     """Add what the rotated skip has more than the plain one to what the half writes to the stream."""
     change = matrix - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    stream: list[Tensor] = []
+    skip = _Skip(change / half.factor)
+    return [half.norm.register_forward_pre_hook(skip.keep), half.writer.register_forward_hook(skip.add)]
 
-    def keep(module: nn.Module, args: tuple) -> None:
-        stream[:] = [args[0]]
 
-    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        # a layer that is called by itself has no stream to rotate
-        return output if not stream else output + stream.pop() @ change.to(output.device, output.dtype)
+class _Skip:
+    """Keeps the stream that a norm reads until the half writes to it."""
 
-    half.norm.register_forward_pre_hook(keep)
-    half.writer.register_forward_hook(add)
+    def __init__(self, change: Tensor):
+        self._change = change
+        self._stream: list[Tensor] = []
+
+    def keep(self, module: nn.Module, args: tuple) -> None:
+        self._stream[:] = [args[0]]
+
+    def add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if not self._stream:  # a layer that is called by itself has no stream to rotate
+            return output
+        self._change = self._change.to(output.device, output.dtype)
+        return output + self._stream.pop() @ self._change

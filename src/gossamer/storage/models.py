@@ -57,10 +57,12 @@ def save(
     OutputError
         If the directory is in use or cannot be written.
     ModelError
-        If the model has state that is not a tensor, tensors without values, or a configuration that cannot be saved.
+        If the model has state that is not a tensor, tensors without values, or a configuration that cannot be saved;
+        or if it computes with more than its weights (rotated models).
     """
     # torch.compile wraps the model and prefixes every name
     model = getattr(model, "_orig_mod", model)
+    check_saveable(model)
     with atomic_directory(directory, overwrite) as part:
         _save_configuration(model, tokenizer, part)
         writer = CheckpointWriter(part, max_shard_bytes)
@@ -73,6 +75,22 @@ def save(
                 if memory is not None:
                     stored[memory] = name
         return writer.finish({**(settings or {}), **_activations(model)})
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Refuse a model that computes with more than its parameters and buffers, so that a file of them is not the model.
+
+    Whoever makes one of it says so by an attribute ``_unsaved``, the reason in words.
+
+    Raises
+    ------
+    ModelError
+        With that reason.
+    """
+    for module in model.modules():
+        reason = vars(module).get("_unsaved")
+        if reason is not None:
+            raise ModelError(reason)
 
 
 @torch.no_grad()
