@@ -156,3 +156,20 @@ def test_bad_settings_and_models_are_refused(batches):
 
     with pytest.raises(ModelError, match="modules compute its activation function"):
         Chess(attention="none").calibrate(nn.Sequential(Functional()), [torch.randn(2, 3, 6)], progress=False)
+
+
+def test_a_single_threshold_drops_the_nearest_share_that_values_of_bfloat16_allow(tiny_llama, batches):
+    model = tiny_llama.bfloat16()
+    seen = []
+    handle = model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    sizes = torch.cat(seen).abs().float()
+    nearest = min(abs(float((sizes <= value).double().mean()) - 0.3) for value in sizes.unique())
+    method = Chess(sparsity=0.3, attention="none", channel_thresholds=False)
+    rule = method.calibrate(model, batches, progress=False).gates["model.layers.0.mlp"]
+    dropped = float((sizes <= rule.selection.value).double().mean())
+    assert abs(dropped - 0.3) == pytest.approx(nearest, abs=1e-9)
+    assert torch.equal(rule.scale, torch.ones(72))

@@ -81,12 +81,9 @@ class Chess(ActivationSparsifier):
         self._rotated = is_rotated(model)
         batches = prepared(data)
         gates, sites = find_gate_sites(model, self.include, self.exclude), self.sites(model)
-        scales = (
-            dict.fromkeys(gates, None) if not self.channel_thresholds else self._scales(model, batches, gates, progress)
-        )
-        ones = {gate: torch.ones(gate.width) if scale is None else scale for gate, scale in scales.items()}
+        scales = self._scales(model, batches, gates, progress) if self.channel_thresholds else dict.fromkeys(gates)
         self._sites, self._gates = sites, gates
-        self._histograms = observe_magnitudes(model, batches, {**dict.fromkeys(sites), **ones}, progress)
+        self._histograms = observe_magnitudes(model, batches, {**dict.fromkeys(sites), **scales}, progress)
         return self._settle(dict.fromkeys(self._histograms, self.sparsity))
 
     def _settle(self, budget: dict[str, float]) -> ActivationRules:
@@ -94,7 +91,7 @@ class Chess(ActivationSparsifier):
             name: ChannelRule(by_threshold(histogram, self.sparsity), histogram.scale)
             for name, histogram in self._histograms.items()
         }
-        gates = {gate.name: found.pop(gate.name) for gate in self._gates}
+        gates = {gate.name: _with_scale(found.pop(gate.name), gate.width) for gate in self._gates}
         self.rules_ = ActivationRules(
             found, gates, dict.fromkeys(self._histograms, self.sparsity), settings=self.settings
         )
@@ -102,16 +99,22 @@ class Chess(ActivationSparsifier):
 
     def _scales(
         self, model: nn.Module, data: Sequence[Batch], gates: list[GateSite], progress: bool
-    ) -> dict[GateSite, Tensor]:
-        """√M of every gate, ``(m,)`` float32; of ones where nothing is gated."""
+    ) -> dict[GateSite, Tensor | None]:
+        """√M of every gate, ``(m,)`` float32; None where nothing is gated, which leaves bfloat16 values as they are."""
         moments = partner_moments(model, data, gates, progress)
-        scales = {}
+        scales: dict[GateSite, Tensor | None] = {}
         for gate in gates:
-            moment = moments.get(gate.name, torch.ones(gate.width, dtype=torch.float64))
+            moment = moments.get(gate.name)
             if self.use_down_norm:
-                moment = moment * column_norms(gate.layer.down.matrix()).double().square().cpu()
-            scales[gate] = moment.sqrt().float()
+                norms = column_norms(gate.layer.down.matrix()).double().square().cpu()
+                moment = norms if moment is None else moment * norms
+            scales[gate] = None if moment is None else moment.sqrt().float()
         return scales
+
+
+def _with_scale(rule: ChannelRule, width: int) -> ChannelRule:
+    """The same rule with a scale, which says how wide the gate is."""
+    return ChannelRule(rule.selection, torch.ones(width)) if rule.scale is None else rule
 
 
 def partner_moments(
