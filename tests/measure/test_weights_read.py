@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from gossamer.errors import TargetError
+from gossamer.errors import ModelError, TargetError
 from gossamer.measure.weights_read import weights_read
 
 
@@ -34,6 +36,22 @@ def test_a_tied_head_is_read_although_it_is_no_layer_of_its_own():
     untied = Tied()
     untied.head.weight = nn.Parameter(torch.zeros(7, 4))
     assert weights_read(untied, {}).total == 16 + 28
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.zeros(4, 6, 3)), nn.Parameter(torch.zeros(4, 3, 6))
+
+
+def test_a_token_reads_the_experts_that_it_is_sent_to():
+    model = nn.ModuleDict({"head": nn.Linear(3, 5), "experts": Experts()})
+    model.config = SimpleNamespace(num_experts_per_tok=1)
+    found = weights_read(model, {"head": 0.5})
+    assert (found.read, found.total, found.treated) == (7.5 + 36, 15 + 36, 15)
+    model.config = SimpleNamespace()
+    with pytest.raises(ModelError, match="does not say to how many a token is sent"):
+        weights_read(model, {})
 
 
 def test_unknown_layers_are_refused():

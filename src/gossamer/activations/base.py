@@ -6,6 +6,7 @@ A method says which sites it treats, by which scale their channels are scored, a
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from gossamer.models.activation_sites import (
     SiteRole,
     find_gate_sites,
     find_input_sites,
+    layer_shapes,
 )
 from gossamer.models.blocks import Batch
 from gossamer.models.rotation import is_rotated
@@ -112,14 +114,22 @@ class ActivationSparsifier:
             If an activation is NaN or infinite.
         TargetError
             If the model has no layer to treat.
+        ModelError
+            If rules are at work in the model, so that it is not dense.
         """
-        self._rotated = is_rotated(model)
-        batches = prepared(data)
-        self._sites = self.sites(model)
-        self._histograms = observe_magnitudes(model, batches, {s: self.scale(s) for s in self._sites}, progress)
-        for histogram in self._histograms.values():
-            histogram.check()
+        batches = self._begin(model, data)
+        sites = self.sites(model)
+        self._histograms = observe_magnitudes(model, batches, {s: self.scale(s) for s in sites}, progress)
+        self._sites = _reached(sites, self._histograms)
+        for site in self._sites:
+            self._histograms[site.name].check()
         return self._settle(self._budget(model, batches, self._sites, self._rule, progress))
+
+    def _begin(self, model: nn.Module, data: Iterable[Batch]) -> list[Batch]:
+        """Note what the model is, and return the data without padding."""
+        check_dense(model)
+        self._rotated, self._layers = is_rotated(model), layer_shapes(model)
+        return prepared(data)
 
     def at(self, sparsity: float) -> ActivationRules:
         """Rules for another sparsity, the same in all layers, from what the last calibration has counted.
@@ -183,7 +193,7 @@ class ActivationSparsifier:
 
     def _settle(self, budget: dict[str, float]) -> ActivationRules:
         rules = {site.name: self._rule(site, budget[site.name]) for site in self._sites}
-        self.rules_ = ActivationRules(rules, requested=budget, settings=self.settings)
+        self.rules_ = ActivationRules(rules, requested=budget, settings=self.settings, layers=self._layers)
         return self.rules_
 
     def _budget(
@@ -248,6 +258,31 @@ def install(model: nn.Module, rules: ActivationRules, dense_prefill: float = 0.0
     inputs = {site.name: site for site in find_input_sites(model)}
     gates = {site.name: site for site in find_gate_sites(model)} if rules.gates else {}
     return Installed(model, rules, inputs, gates, dense_prefill, kernels)
+
+
+def check_dense(model: nn.Module) -> None:
+    """Refuse to calibrate a model in which rules are at work.
+
+    Raises
+    ------
+    ModelError
+        If there are.
+    """
+    if any("_activation_rules" in vars(module) for module in model.modules()):
+        raise ModelError("activation rules are at work in this model, so it is not dense; call their remove() first")
+
+
+def _reached(sites: list[InputSite], histograms: Mapping[str, MagnitudeHistogram]) -> list[InputSite]:
+    """The sites that calibration data has reached; warns about others, such as those for images: they stay dense."""
+    reached = [site for site in sites if histograms[site.name].total]
+    silent = [site.name for site in sites if not histograms[site.name].total]
+    if reached and silent:
+        warnings.warn(
+            f"{len(silent)} of {len(sites)} layers never ran on the calibration data and stay dense, such as "
+            f"{silent[0]}; give data that use them, or exclude them",
+            stacklevel=3,
+        )
+    return reached or sites
 
 
 def by_threshold(histogram: MagnitudeHistogram, sparsity: float) -> Selection:

@@ -14,10 +14,9 @@ from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, column_norms
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, ModelError
-from gossamer.measure.runs import prepared, run_over
+from gossamer.measure.runs import run_over
 from gossamer.models.activation_sites import GateSite, InputSite, SiteRole, find_gate_sites, find_input_sites
 from gossamer.models.blocks import Batch
-from gossamer.models.rotation import is_rotated
 
 Attention = Literal["selective", "all", "none"]
 _ATTENTION_ROLES: dict[Attention, tuple[SiteRole, ...]] = {
@@ -78,8 +77,7 @@ class Chess(ActivationSparsifier):
 
     def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ActivationRules:
         """Two passes: the moments M of what the gates let through, then the thresholds; see the base class."""
-        self._rotated = is_rotated(model)
-        batches = prepared(data)
+        batches = self._begin(model, data)
         gates, sites = find_gate_sites(model, self.include, self.exclude), self.sites(model)
         scales = self._scales(model, batches, gates, progress) if self.channel_thresholds else dict.fromkeys(gates)
         self._sites, self._gates = sites, gates
@@ -93,7 +91,7 @@ class Chess(ActivationSparsifier):
         }
         gates = {gate.name: _with_scale(found.pop(gate.name), gate.width) for gate in self._gates}
         self.rules_ = ActivationRules(
-            found, gates, dict.fromkeys(self._histograms, self.sparsity), settings=self.settings
+            found, gates, dict.fromkeys(self._histograms, self.sparsity), settings=self.settings, layers=self._layers
         )
         return self.rules_
 
@@ -137,7 +135,7 @@ def partner_moments(
             continue
         if gate.up is not gate.gate:
             hook = lambda module, args, output, name=gate.name: add(name, output)  # noqa: E731
-            handles.append(gate.up.module.register_forward_hook(hook))
+            handles.append(gate.called(gate.up).register_forward_hook(hook))
         else:
             handles += _watch_fused(gate, add)
     try:
@@ -164,7 +162,7 @@ def _watch_fused(gate: GateSite, add: object) -> list[object]:
             )
         add(gate.name, second if _same(args[0], first) else first)  # type: ignore[operator]
 
-    return [gate.gate.module.register_forward_hook(split), gate.activation.register_forward_pre_hook(choose)]
+    return [gate.called(gate.gate).register_forward_hook(split), gate.activation.register_forward_pre_hook(choose)]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.positions import DenseTokens
+from gossamer.activations.positions import DenseTokens, token_stacks
 from gossamer.activations.rules import ActivationRules, LowRank
 from gossamer.core.channel_rules import ChannelRule, TopK
 from gossamer.errors import ModelError
+from gossamer.kernels import channels_triton
 from gossamer.kernels.channel_products import input_sparse
-from gossamer.kernels.channels import ChannelMatrix, lay_by_channels
+from gossamer.kernels.channels import DEVICES, ChannelMatrix, lay_by_channels
 from gossamer.measure.weights_read import WeightsRead, weights_read
 from gossamer.models.activation_sites import GateSite, InputSite
 from gossamer.models.rotation import rotation_size
@@ -26,30 +27,39 @@ class Tally:
 
     Attributes
     ----------
-    live, seen
-        Counts.
+    live
+        How many counted, int64 where the activations are, so that counting waits for no device.
+    seen
+        How many there were.
     tokens
         Number of tokens.
     """
 
-    live: int = 0
+    live: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     seen: int = 0
     tokens: int = 0
+
+    def add(self, live: Tensor, tokens: int) -> None:
+        """Count the channels of some tokens, ``(…, n)`` bool."""
+        self.live = self.live.to(live.device) + live.count_nonzero()
+        self.seen += tokens * live.shape[-1]
+        self.tokens += tokens
 
     @property
     def sparsity(self) -> float:
         """Share of channels that did not count; NaN before the first token."""
-        return 1 - self.live / self.seen if self.seen else float("nan")
+        return 1 - int(self.live) / self.seen if self.seen else float("nan")
 
 
 @dataclass(eq=False)
 class Site:
-    """A rule in its place."""
+    """A rule in its place; its methods are hooks, so that a copy of the model has sites of its own."""
 
     rule: ChannelRule
     tokens: DenseTokens
     tally: Tally
     low_rank: LowRank | None = None
+    _rest: list[Tensor] = field(default_factory=list, repr=False)
 
     def masked(self, values: Tensor) -> Tensor:
         """`values` with zeros where channels do not count."""
@@ -58,26 +68,31 @@ class Site:
 
     def live(self, values: Tensor) -> Tensor:
         """The channels that count, all of them in dense tokens; counted."""
+        self.rule = self.rule.to(values.device)
         live = self.rule.live(values)
-        dense = self.tokens.dense
+        dense = self.tokens.among(values)
         if dense is None:
-            self._count(live)
+            self.tally.add(live, live.shape[:-1].numel())
             return live
-        dense = dense.to(values.device)
-        if values.shape[:-1] != dense.shape:
-            if values.shape[:-1].numel() != dense.numel():
-                raise ModelError(
-                    f"an activation of shape {tuple(values.shape)} does not belong to the {dense.shape[0]} × "
-                    f"{dense.shape[1]} tokens of the call, so the dense ones cannot be told; set dense_prefill=0"
-                )
-            dense = dense.reshape(values.shape[:-1])
-        self._count(live[~dense])
-        return live | dense.unsqueeze(-1)
+        self.tally.add(live & ~dense, self.tokens.sparse)
+        return live | dense
 
-    def _count(self, live: Tensor) -> None:
-        self.tally.live += int(live.count_nonzero())
-        self.tally.seen += live.numel()
-        self.tally.tokens += live.shape[:-1].numel()
+    def mask_input(self, module: nn.Module, args: tuple) -> tuple:
+        """Before the layer: leave out channels, and keep them where something else computes with them."""
+        kept = self.masked(args[0])
+        if self.low_rank is not None:
+            self._rest.append(args[0] - kept)
+        return (kept, *args[1:])
+
+    def mask_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """After an activation function."""
+        return self.masked(output)
+
+    def add_rest(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """After the layer: what the other channels contribute, through few directions."""
+        rest = self._rest.pop()
+        self.low_rank = self.low_rank.to(rest.device, rest.dtype)  # type: ignore[union-attr]
+        return output + self.low_rank.product(rest)
 
 
 class Installed:
@@ -92,10 +107,13 @@ class Installed:
     inputs, gates
         The sites of the model.
     dense_prefill
-        Share of a prompt that stays dense; see :class:`DenseTokens`.
+        Share of a prompt that stays dense; see :class:`DenseTokens`. It is for the tokens of a language model: layers
+        outside of its stacks, such as those of an encoder of images, have no dense ones.
     kernels
         Whether layers whose rules are thresholds lay their weights by channels, in place and for good, so that calls
-        of few tokens, none of them dense, read the live channels only. The parameters keep their values and shapes.
+        of few tokens, none of them dense, read the live channels only. The parameters keep their values and shapes; a
+        weight that is replaced later is multiplied in full, with the same result, if it lies otherwise. On a GPU this
+        needs Triton.
 
     Raises
     ------
@@ -112,11 +130,16 @@ class Installed:
         dense_prefill: float,
         kernels: bool = False,
     ):
+        rules.check_model(model)
         _check(rules, inputs, gates)
         if getattr(model, "_activation_rules", None) is not None:
             raise ModelError("other activation rules are at work in this model; call their remove() first")
         self.model, self.rules = model, rules
         self.tokens = DenseTokens(dense_prefill)
+        self._stacks = {name: (self.tokens, owner) for name, owner in token_stacks(model).items()}
+        if len(self._stacks) > 1:  # an encoder and its decoder do not read the same number of tokens
+            stacks = self._stacks.items()
+            self._stacks = {name: (DenseTokens(dense_prefill, strict=False), owner) for name, (_, owner) in stacks}
         self.sites: dict[str, Site] = {}
         self._sizes = {name: site.target for name, site in inputs.items()}
         self._gates = {name: gates[name] for name in rules.gates}
@@ -130,14 +153,21 @@ class Installed:
 
     def _hook(self, inputs: Mapping[str, InputSite], kernels: bool) -> None:
         rules = self.rules
-        self._handles += self.tokens.attach(self.model)
+        for tokens, owner in self._stacks.values() or [(self.tokens, self.model)]:
+            self._handles += tokens.attach(owner)
         for name, rule in rules.inputs.items():
-            self.sites[name] = site = Site(rule, self.tokens, Tally(), rules.low_rank.get(name))
+            self.sites[name] = site = Site(rule, self._tokens_of(name), Tally(), rules.low_rank.get(name))
             thresholds = rule.thresholds(inputs[name].width) if kernels and site.low_rank is None else None
             self._handles += _hook_input(inputs[name].module, site, thresholds)
         for name, rule in rules.gates.items():
-            self.sites[name] = site = Site(rule, self.tokens, Tally())
-            self._handles.append(self._gates[name].activation.register_forward_hook(_masking_output(site)))
+            self.sites[name] = site = Site(rule, self._tokens_of(name), Tally())
+            self._handles.append(self._gates[name].activation.register_forward_hook(site.mask_output))
+
+    def _tokens_of(self, name: str) -> DenseTokens:
+        if not self._stacks:
+            return self.tokens
+        # nobody follows the calls around other layers, which have no dense tokens
+        return next((t for stack, (t, _) in self._stacks.items() if name.startswith(f"{stack}.")), DenseTokens(0.0))
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
@@ -150,7 +180,7 @@ class Installed:
     def reset(self) -> None:
         """Begin counting anew."""
         for site in self.sites.values():
-            site.tally.live = site.tally.seen = site.tally.tokens = 0
+            site.tally = Tally()
 
     @property
     def realised(self) -> dict[str, float]:
@@ -159,10 +189,10 @@ class Installed:
 
     @property
     def weights_read(self) -> WeightsRead:
-        """Weights that a token reads, over the whole model, head included."""
+        """Weights that a token reads, over the whole model, head included; a site that has met no token reads all."""
         live: dict[str, float] = {}
         for name, site in self.sites.items():
-            share = 1 - site.tally.sparsity
+            share = 1 - site.tally.sparsity if site.tally.seen else 1.0
             if name in self._gates:
                 gate = self._gates[name]
                 # a fused matrix makes gate and up, of which only up is spared
@@ -182,22 +212,10 @@ class Installed:
 
 
 def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> list[Any]:
-    if thresholds is not None and type(module) is nn.Linear and module.weight.device.type == "cpu":
+    if thresholds is not None and type(module) is nn.Linear and _product(module.weight.device) is not None:
         return [_LiveChannels(module, site, thresholds)]
-    if site.low_rank is None:
-        return [module.register_forward_pre_hook(_masking_input(site))]
-    factors = site.low_rank
-    rest: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple) -> tuple:
-        kept = site.masked(args[0])
-        rest.append(args[0] - kept)
-        return (kept, *args[1:])
-
-    def after(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + factors.product(rest.pop())
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    handles: list[Any] = [module.register_forward_pre_hook(site.mask_input)]
+    return handles if site.low_rank is None else [*handles, module.register_forward_hook(site.add_rest)]
 
 
 _FEW = 32  # vectors; with more, the union of what they want is nearly everything
@@ -207,22 +225,35 @@ class _LiveChannels:
     """Stands in for a linear layer: few tokens read the channels that some of them wants, many take it all."""
 
     def __init__(self, module: nn.Linear, site: Site, thresholds: Tensor):
-        if ChannelMatrix.of_view(module.weight.detach()) is None:
+        if ChannelMatrix.of_view(module.weight.detach(), DEVICES) is None:
             module.weight.data = lay_by_channels(module.weight)
-        matrix = ChannelMatrix.of_view(module.weight.detach())
-        assert matrix is not None
-        self._module, self._before, dense = module, vars(module).get("forward"), module.forward
+        self._module, self._site = module, site
         # everything counts where a threshold is below zero, which for the kernel is no threshold but for zeros
-        bounds = thresholds.clamp_min(0)
+        self._bounds = thresholds.clamp_min(0)
+        self._before, self._dense = vars(module).get("forward"), module.forward
+        self._seen: tuple[Any, ChannelMatrix | None] = (None, None)
+        module.forward = self.forward  # type: ignore[method-assign]
 
-        def forward(x: Tensor) -> Tensor:
-            few = x.shape[:-1].numel() <= _FEW and x.dtype in (torch.float32, torch.bfloat16)
-            if not few or site.tokens.dense is not None or torch.is_grad_enabled():
-                return dense(site.masked(x))
-            site.live(x)
-            return input_sparse(matrix, x, bounds, module.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer computes with the channels that count."""
+        site, bias = self._site, self._module.bias
+        few = x.shape[:-1].numel() <= _FEW and x.dtype in (torch.float32, torch.bfloat16)
+        if not few or site.tokens.dense is not None or torch.is_grad_enabled():
+            return self._dense(site.masked(x))
+        matrix = self._matrix()
+        if matrix is None or matrix.values.device != x.device:
+            return self._dense(site.masked(x))
+        site.live(x)
+        self._bounds = self._bounds.to(x.device)
+        return _product(x.device)(matrix, x, self._bounds, bias)
 
-        module.forward = forward  # type: ignore[method-assign]
+    def _matrix(self) -> ChannelMatrix | None:
+        """The weight as it lies now: it may have been changed, replaced or moved since the last call."""
+        weight = self._module.weight.detach()
+        place = (weight.data_ptr(), weight.dtype, weight.device, weight.stride())
+        if self._seen[0] != place:
+            self._seen = (place, ChannelMatrix.of_view(weight, DEVICES) if _product(weight.device) else None)
+        return self._seen[1]
 
     def remove(self) -> None:
         """Give the layer its own product back; the layout of its weight stays."""
@@ -232,12 +263,11 @@ class _LiveChannels:
             self._module.forward = self._before  # type: ignore[method-assign]
 
 
-def _masking_input(site: Site) -> Any:
-    return lambda module, args: (site.masked(args[0]), *args[1:])
-
-
-def _masking_output(site: Site) -> Any:
-    return lambda module, args, output: site.masked(output)
+def _product(device: torch.device) -> Any:
+    """The product of few channels on a device; None if there is none."""
+    if device.type == "cpu":
+        return input_sparse
+    return channels_triton.input_sparse if device.type == "cuda" and channels_triton.triton is not None else None
 
 
 def _check(rules: ActivationRules, inputs: Mapping[str, InputSite], gates: Mapping[str, GateSite]) -> None:

@@ -8,31 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, ModelError
+from gossamer.models.blocks import find_stacks
 
 
 class DenseTokens:
-    """Follows a model's calls and says which of their tokens stay dense.
+    """Follows the calls of a stack of blocks and says which of their tokens stay dense.
 
-    A call that finds nothing in its cache is a prompt: of every sequence the first share of tokens stays dense,
-    padding not counted. A call that continues a cache is decoding: everything is sparse.
+    A call that finds nothing in its cache is a prompt, and one of several tokens that continues a cache is a piece of
+    one (prompts are read in chunks, and conversations go on): of every sequence the first share of these tokens stays
+    dense, padding not counted. A call of one token that continues a cache is decoding: everything is sparse.
 
     Parameters
     ----------
     prompt
         Share of each prompt that stays dense, from 0 to 1; with 1 only decoding is sparse.
+    strict
+        Whether activations of another length than the call are refused. Where they are not (encoders beside decoders,
+        whose output is read by cross-attention), none of their tokens is dense.
 
     Attributes
     ----------
     dense
         Of the present call, ``(batch, tokens)`` bool, or None if no token is dense.
+    sparse
+        Number of the other tokens of the call.
     """
 
-    def __init__(self, prompt: float):
+    def __init__(self, prompt: float, strict: bool = True):
         if not 0 <= prompt <= 1:
             raise ConfigurationError(f"dense_prefill is {prompt}; it must be from 0 to 1, the dense share of a prompt")
-        self.prompt = prompt
+        self.prompt, self.strict = prompt, strict
         self.dense: Tensor | None = None
+        self.sparse = 0
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Follow the calls of a model; returns the handles to ``remove()`` in the end."""
@@ -47,14 +55,38 @@ class DenseTokens:
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
-        shape = _shape(args, given)
+        tokens = _tokens(args, given)
         self.dense = None
-        if shape is None:
+        if tokens is None:
             return
+        shape = (tokens.shape[0], tokens.shape[1])
         past = given.get("past_key_values")
         seen = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
-        if seen == 0:
-            self.dense = self.of_prompt(shape, _real(given.get("attention_mask"), shape))
+        if seen == 0 or shape[1] > 1:
+            dense = self.of_prompt(shape, _real(given.get("attention_mask"), shape, seen))
+            if dense is not None:
+                self.sparse = dense.numel() - int(dense.sum())
+                self.dense = dense.to(tokens.device)
+
+    def among(self, values: Tensor) -> Tensor | None:
+        """Which tokens of an activation ``(…, n)`` are dense, bool ``(…, 1)``; None if none is.
+
+        Raises
+        ------
+        ModelError
+            If the activation is of another number of tokens than the call.
+        """
+        dense = self.dense
+        if dense is None:
+            return None
+        if values.shape[:-1].numel() == dense.numel():
+            return dense.to(values.device).reshape(values.shape[:-1]).unsqueeze(-1)
+        if not self.strict:
+            return None
+        raise ModelError(
+            f"an activation of shape {tuple(values.shape)} does not belong to the {dense.shape[0]} × {dense.shape[1]} "
+            f"tokens of the call, so the dense ones cannot be told; set dense_prefill=0"
+        )
 
     def of_prompt(self, shape: tuple[int, int], real: Tensor | None = None) -> Tensor | None:
         """Dense tokens of prompts.
@@ -85,20 +117,40 @@ def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     return dict(zip(names, args)) | kwargs
 
 
-def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     found = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
     if found is None:
         found = next((value for value in args if isinstance(value, Tensor)), None)
-    return None if found is None or found.dim() < 2 else (found.shape[0], found.shape[1])
+    return None if found is None or found.dim() < 2 else found
 
 
-def _real(mask: Any, shape: tuple[int, int]) -> Tensor | None:
+def _real(mask: Any, shape: tuple[int, int], seen: int) -> Tensor | None:
     if isinstance(mask, dict):  # one for each kind of attention
         mask = next(iter(mask.values()), None)
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == shape[1]:
         # of caches of a fixed size: a token is real if another, or itself, looks at it
-        seen = mask > torch.finfo(mask.dtype).min if mask.is_floating_point() else mask.bool()
-        mask = seen.any(1).any(1)[:, : shape[1]].expand(shape[0], -1)
+        looked = mask > torch.finfo(mask.dtype).min if mask.is_floating_point() else mask.bool()
+        mask = looked.any(1).any(1)[:, : seen + shape[1]].expand(shape[0], -1)
+    if isinstance(mask, Tensor) and mask.shape == (shape[0], seen + shape[1]):
+        mask = mask[:, seen:]  # what is in the cache has been dealt with
     if not isinstance(mask, Tensor) or mask.shape != shape or bool(mask.all()):
         return None
     return mask.bool()
+
+
+def token_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that run stacks of blocks over tokens: name of a stack → its owner.
+
+    Their calls, unlike those of the model around them, always say which tokens the blocks see: behind the generation
+    of a wrapped model, between image and text, in encoders as in decoders. What takes neither token ids nor a cache,
+    such as the encoder of an image, runs over something else.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for stack in find_stacks(model):
+        owner = stack.name
+        while owner and isinstance(modules[owner], (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            owner = owner.rpartition(".")[0]
+        if {"input_ids", "past_key_values"} & set(inspect.signature(modules[owner].forward).parameters):
+            found[stack.name] = modules[owner]
+    return found

@@ -24,10 +24,8 @@ from gossamer.core.progress import track
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError, SparsityError, check_sparsity
 from gossamer.measure.perplexity import perplexity
-from gossamer.measure.runs import prepared
 from gossamer.models.activation_sites import InputSite
 from gossamer.models.blocks import Batch
-from gossamer.models.rotation import is_rotated
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,7 @@ class RSparse(ActivationSparsifier):
 
         `material` that was made of the same model before is used again; see the base class for the rest.
         """
-        self._rotated = is_rotated(model)
-        batches = prepared(data)
+        batches = self._begin(model, data)
         sites = self.sites(model)
         if isinstance(self.alpha, Mapping):
             missing = next((site.name for site in sites if site.name not in self.alpha), None)
@@ -161,7 +158,7 @@ class RSparse(ActivationSparsifier):
 
     def _settled(self, alphas: dict[str, float], budget: dict[str, float]) -> ActivationRules:
         self.rules_ = self._material.rules(alphas, budget)
-        self.rules_.settings = self.settings | self.rules_.settings
+        self.rules_.settings, self.rules_.layers = self.settings | self.rules_.settings, self._layers
         return self.rules_
 
     def _searched(

@@ -170,6 +170,12 @@ class ChannelRule:
             )
         return scores * self.scale.to(scores.device)
 
+    def to(self, device: torch.device) -> ChannelRule:
+        """The same rule with its scale on a device."""
+        if self.scale is None or self.scale.device == device:
+            return self
+        return ChannelRule(self.selection, self.scale.to(device))
+
     def live(self, inputs: Tensor) -> Tensor:
         """The channels that count, bool ``(…, n)``."""
         if isinstance(self.selection, Everything):

@@ -9,6 +9,7 @@ channels are read: at half of the inputs in half of the time. The products are i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 SLACK = 128  # values behind the last that a kernel may read
 _BLOCK = 32  # four-bit weights of a line that lie in sixteen bytes
 _AT_ONCE = 1 << 17  # weights whose scales are searched together
+DEVICES = ("cpu", "cuda")  # with products of few channels
 Lines = tuple[int, int, int, int, int, int]
 
 
@@ -94,9 +96,9 @@ class ChannelMatrix(PackedMatrix):
         return cls((rows, columns), format, values, scales)
 
     @classmethod
-    def of_view(cls, weight: Tensor) -> ChannelMatrix | None:
-        """Take a weight as it lies, without a copy, if :func:`lay_by_channels` made it; else None."""
-        if weight.ndim != 2 or weight.device.type != "cpu" or weight.dtype not in VALUE_CODES:
+    def of_view(cls, weight: Tensor, devices: Sequence[str] = ("cpu",)) -> ChannelMatrix | None:
+        """Take a weight on one of `devices` without a copy, if :func:`lay_by_channels` has laid it; else None."""
+        if weight.ndim != 2 or weight.device.type not in devices or weight.dtype not in VALUE_CODES:
             return None
         rows, columns = weight.shape
         begin, needed = weight.storage_offset(), columns * rows + SLACK

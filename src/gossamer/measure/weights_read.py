@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from gossamer.core.targets import find_targets
-from gossamer.errors import TargetError
+from gossamer.core.targets import Target, find_targets
+from gossamer.errors import ModelError, TargetError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class WeightsRead:
 def weights_read(model: nn.Module, live: Mapping[str, float], extra: int = 0) -> WeightsRead:
     """Weights read for one token when some layers read a share of theirs.
 
+    Of stacked experts, those that a token is sent to are read in full, and the others are not.
+
     Parameters
     ----------
     model
@@ -63,14 +66,37 @@ def weights_read(model: nn.Module, live: Mapping[str, float], extra: int = 0) ->
     ------
     TargetError
         If the model has no layer of a name.
+    ModelError
+        If the model has stacked experts and does not say how many of them a token is sent to.
     """
-    sizes = {t.module_name: t.shape.numel() for t in find_targets(model, heads=True) if t.index is None}
+    targets = find_targets(model, heads=True)
+    # a layer inside of a wrapper, such as PEFT's, goes by the wrapper's name
+    sizes = {t.module_name.removesuffix(".base_layer"): t.shape.numel() for t in targets if t.index is None}
     unknown = next((name for name in live if name not in sizes), None)
     if unknown is not None:
         raise TargetError(f"there is no layer {unknown!r} in {type(model).__name__}; give names of its linear layers")
-    total = sum(sizes.values()) + _tied_head(model)
+    total = sum(sizes.values()) + _tied_head(model) + _experts(model, targets)
     spared = sum(sizes[name] * (1 - share) for name, share in live.items())
     return WeightsRead(total - spared + extra, total, sum(sizes[name] for name in live))
+
+
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+
+
+def _experts(model: nn.Module, targets: Sequence[Target]) -> int:
+    """Weights of the stacked experts that one token is sent to."""
+    stacked = [target for target in targets if target.index is not None]
+    if not stacked:
+        return 0
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    active = next((n for name in _ACTIVE if isinstance(n := getattr(config, name, None), int)), None)
+    if active is None:
+        raise ModelError(
+            f"{type(model).__name__} has stacked experts ({stacked[0].parameter_name}), and its configuration does not "
+            f"say to how many a token is sent ({', '.join(_ACTIVE)}); give config.num_experts_per_tok"
+        )
+    return round(sum(target.shape.numel() * active / len(target.parameter) for target in stacked))
 
 
 def _tied_head(model: nn.Module) -> int:
