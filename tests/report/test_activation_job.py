@@ -72,6 +72,19 @@ def test_rules_can_be_written_with(source, tmp_path, monkeypatch, capsys):
     assert "3 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "setting"),
+    [("wina", {"gate": "threshold"}, "gate=threshold"), ("r-sparse", {"alpha": 1.0}, "alpha=1")],
+)
+def test_the_page_says_whether_generate_can_run_the_rules(source, tmp_path, method, settings, setting):
+    given = {"method": method, "curve": ()}
+    *_, note = job(source, tmp_path / "a", **given).run()["notes"]
+    assert "`gossamer generate` cannot run them" in note
+    assert f"--set {setting}" in note
+    *_, note = job(source, tmp_path / "b", **given, parameters={"sparsity": 0.5, **settings}).run()["notes"]
+    assert "`gossamer generate MODEL --activations` runs them" in note
+
+
 def test_methods_that_do_something_else_are_refused_before_any_work(source, tmp_path):
     with pytest.raises(ConfigurationError, match="wanda acts after training"):
         job(source, tmp_path / "out", method="wanda").run()

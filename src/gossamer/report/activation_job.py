@@ -14,8 +14,9 @@ from torch import nn
 
 from gossamer.activations.base import install
 from gossamer.activations.rules import ActivationRules
+from gossamer.core.channel_rules import TopK
 from gossamer.core.progress import track
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, ModelError
 from gossamer.measure import describe_machine, perplexity
 from gossamer.measure.weights_read import WeightsRead
 from gossamer.methods import create
@@ -133,7 +134,7 @@ class ActivationJob:
             "calibration": dataclasses.asdict(self.calibration),
             "evaluation": dataclasses.asdict(self.evaluation),
             "machine": describe_machine(),
-            "notes": _notes(read, chosen.dense_prefill, rules, realised),
+            "notes": _notes(read, chosen.dense_prefill, rules, realised, _running(model, rules)),
         }
 
     def _curve(self, model: nn.Module, tokenizer: Any, chosen: Any) -> list[dict[str, Any]]:
@@ -192,11 +193,25 @@ def check_method(name: str) -> None:
         )
 
 
-def _notes(read: WeightsRead, prefill: float, rules: ActivationRules, realised: dict[str, float]) -> list[str]:
+def _running(model: nn.Module, rules: ActivationRules) -> str:
+    """What can be done with the file of rules."""
+    try:
+        rules.thresholds(model)
+    except ModelError as error:
+        largest = any(isinstance(rule.selection, TopK) for rule in [*rules.inputs.values(), *rules.gates.values()])
+        setting = "alpha=1" if rules.low_rank else "gate=threshold" if largest else ""
+        hint = f" `gossamer sparsify --set {setting}` makes rules that it can." if setting else ""
+        return f"The rules are in rules.safetensors. `gossamer generate` cannot run them: {error}.{hint}"
+    return "The rules are in rules.safetensors: `gossamer generate MODEL --activations` runs them."
+
+
+def _notes(
+    read: WeightsRead, prefill: float, rules: ActivationRules, realised: dict[str, float], running: str
+) -> list[str]:
     gaps = [abs(realised[name] - rules.requested[name]) for name in realised if name in rules.requested]
     far = f"; the layer farthest from what was asked is off by {max(gaps):.3f}" if gaps else ""
     return [
         f"{read}. Sparsity is that of the channels of a token, measured on the evaluation text{far}.",
         f"The first {prefill:.0%} of every prompt stays dense. Prompts are read no faster: only decoding reads less.",
-        "The rules are in rules.safetensors: `gossamer generate MODEL --activations` runs them.",
+        running,
     ]
