@@ -353,6 +353,8 @@ def test_sparse_attention_is_exact_over_the_mask():
     wanted = torch.nn.functional.scaled_dot_product_attention(
         given.query, given.key, given.value, links, scale=given.scale, enable_gqa=True
     )
-    found = VerticalSlash(density=0.5, sinks=1, local=1, block_size=1)(given.query, given.key, given.value)
+    found = VerticalSlash(density=0.5, sinks=1, local=1, block_size=1)(
+        given.query, given.key, given.value, is_causal=True
+    )
     assert torch.allclose(found, wanted, atol=1e-5)
     assert isinstance(mask, BlockMask)

@@ -256,7 +256,7 @@ def test_bad_input_is_refused(tiny_llama):
     with pytest.raises(ConfigurationError, match="multiple"):
         method(torch.zeros(1, 3, 8, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4))
     with pytest.raises(ConfigurationError, match="at least as many keys"):
-        method(torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4))
+        method(torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4), is_causal=True)
     with pytest.raises(CalibrationError, match="longer than a block of 8"):
         method.calibrate(tiny_llama, [torch.ones(1, 6, dtype=torch.long)], progress=False)
     with pytest.raises(ConfigurationError, match="scoring is 'spiral'"):

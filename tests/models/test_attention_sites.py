@@ -154,6 +154,47 @@ def test_a_mask_of_its_own_goes_to_dense_attention(tiny_llama):
     assert calls == []
 
 
+@pytest.mark.parametrize("family", ["tiny_llama", "bert"])
+def test_a_batch_padded_beyond_its_longest_sequence_is_still_a_call(family, request):
+    tokens, mask = ids((2, 18)), torch.ones(2, 18, dtype=torch.long)
+    mask[:, 14:], mask[1, 9:] = 0, 0
+    if family == "bert":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+        model = BertModel(BertConfig(vocab_size=97, **sizes)).eval()
+    else:
+        model = request.getfixturevalue(family)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask)[0]
+    found, calls = seen(model, lambda: model(tokens, attention_mask=mask)[0])
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert [call.key_mask.equal(mask.bool()) for call in calls] == [True] * 3
+
+
+def test_a_mask_that_biases_scores_is_not_taken_for_causality(tiny_llama):
+    tokens = ids((1, 8))
+    bias = torch.zeros(1, 1, 8, 8).masked_fill(torch.ones(8, 8).triu(1).bool(), torch.finfo(torch.float32).min)
+    plain, calls = seen(tiny_llama, lambda: tiny_llama(tokens, attention_mask=bias).logits)
+    assert len(calls) == 3
+    bias[..., 5, 2] = -3.0
+    with torch.no_grad():
+        expected = tiny_llama(tokens, attention_mask=bias).logits
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    found, calls = seen(tiny_llama, lambda: tiny_llama(tokens, attention_mask=bias).logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert calls == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_under_autocast_a_call_is_of_its_dtype(tiny_llama, cached):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            expected = tiny_llama(ids((2, 18)), use_cache=cached).logits
+        found, calls = seen(tiny_llama, lambda: tiny_llama(ids((2, 18)), use_cache=cached).logits)
+    assert {part.dtype for call in calls for part in (call.query, call.key, call.value)} == {torch.bfloat16}
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
 def test_removal_gives_the_model_back_and_only_one_may_be_at_work(tiny_llama):
     before = tiny_llama.config._attn_implementation
     site = AttentionSite(tiny_llama, lambda call: None)

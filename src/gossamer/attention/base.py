@@ -7,18 +7,20 @@ and taken out again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.attention.density import DensityReport, Tally
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError
 from gossamer.kernels.attention import block_sparse_attention, gather_attention
-from gossamer.models.attention_sites import AttentionCall, AttentionSite, Phase
+from gossamer.models.attention_sites import AttentionCall, AttentionSite, Phase, as_autocast, parse_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,81 +44,6 @@ class TokenSelection:
         return read / keys
 
 
-@dataclass
-class Tally:
-    """Query–key pairs computed and allowed, over the calls of a layer in one phase.
-
-    Attributes
-    ----------
-    computed, allowed
-        Pairs of a head, averaged over heads.
-    calls
-        Number of calls.
-    dense_calls
-        How many of them were left dense.
-    """
-
-    computed: float = 0.0
-    allowed: float = 0.0
-    calls: int = 0
-    dense_calls: int = 0
-
-    @property
-    def density(self) -> float:
-        """Share of the allowed pairs that was computed; NaN before the first call."""
-        return self.computed / self.allowed if self.allowed else float("nan")
-
-    def add(self, density: float, call: AttentionCall, dense: bool) -> None:
-        """Count a call; padding does not count."""
-        queries, keys = call.query.shape[2], call.key.shape[2]
-        batch = call.query.shape[0]
-        pairs = batch * (queries * keys - (queries * (queries - 1) / 2 if call.causal else 0))
-        allowed = pairs
-        if call.key_mask is not None:
-            seen = call.key_mask.long()
-            each = (seen.cumsum(1) * seen)[:, -queries:] if call.causal else queries * seen
-            allowed = float(each.sum())
-        self.computed += min(density * pairs, allowed)
-        self.allowed += allowed
-        self.calls += 1
-        self.dense_calls += dense
-
-
-@dataclass(frozen=True)
-class DensityReport:
-    """What a method has computed so far.
-
-    Attributes
-    ----------
-    tallies
-        (layer, phase) → counts.
-    """
-
-    tallies: dict[tuple[int, Phase], Tally]
-
-    def density(self, phase: Phase) -> float:
-        """Share of the allowed pairs that was computed in a phase, over all layers; NaN if it did not occur."""
-        found = [tally for (_, when), tally in self.tallies.items() if when == phase]
-        allowed = sum(tally.allowed for tally in found)
-        return sum(tally.computed for tally in found) / allowed if allowed else float("nan")
-
-    def layers(self, phase: Phase) -> dict[int, float]:
-        """Layer → its density in a phase."""
-        return {layer: tally.density for (layer, when), tally in sorted(self.tallies.items()) if when == phase}
-
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """Plain values, for JSON."""
-        return {
-            phase: {str(layer): density for layer, density in self.layers(phase).items()}
-            for phase in ("prefill", "decode")
-            if self.layers(phase)
-        }
-
-    def __str__(self) -> str:
-        parts = [f"{phase} {self.density(phase):.1%}" for phase in ("prefill", "decode") if self.layers(phase)]
-        return f"attention computed: {', '.join(parts) or 'none yet'}"
-
-
 class Installed:
     """A method at work in a model, from the moment it is made until :meth:`remove`.
 
@@ -136,18 +63,34 @@ class Installed:
     def __init__(self, model: nn.Module, method: SparseAttention):
         self.model, self.method = model, method
         self._tallies: dict[tuple[int, Phase], Tally] = {}
+        self._warned = False
         method.reset()
-        self._site = AttentionSite(model, self._attend)
+        self._site = self._attach()
+
+    def _attach(self) -> Any:
+        return AttentionSite(self.model, self._attend, self._masked)
 
     def _attend(self, call: AttentionCall) -> Tensor | None:
-        answer = self.method.attend(call)
-        tally = self._tallies.setdefault((call.layer, call.phase), Tally())
-        tally.add(1.0 if answer is None else answer.density, call, answer is None)
+        answer = _attended(self.method, call)
+        self._tally(call).add(call, answer)
         return None if answer is None else answer.output
+
+    def _masked(self, call: AttentionCall, mask: Tensor) -> None:
+        self._tally(call).add_masked(call, mask)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"layer {call.layer} has a mask {tuple(mask.shape)} of more than causality and padding, as packed "
+                f"sequences have; {type(self.method).__name__} leaves such calls dense",
+                stacklevel=2,
+            )
+
+    def _tally(self, call: AttentionCall) -> Tally:
+        return self._tallies.setdefault((call.layer, call.phase), Tally())
 
     def report(self) -> DensityReport:
         """What was computed so far."""
-        return DensityReport(dict(self._tallies))
+        return DensityReport({where: replace(tally) for where, tally in self._tallies.items()})
 
     def reset(self) -> None:
         """Begin counting anew, and forget what the method has remembered."""
@@ -175,10 +118,14 @@ class Answer:
         ``(batch, heads, queries, value size)``.
     density
         Share of the allowed pairs that was computed.
+    pairs
+        Pairs of a head that were computed and those that were allowed, over the batch, where a cache that holds less
+        than was seen hides them from who only sees the call; None where its lengths tell them.
     """
 
     output: Tensor
     density: float
+    pairs: tuple[float, float] | None = None
 
 
 @dataclass(kw_only=True)
@@ -254,26 +201,37 @@ class SparseAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        is_causal: bool = True,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
         scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
         key_mask: Tensor | None = None,
         window: int | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """Attention in place of ``torch.nn.functional.scaled_dot_product_attention``.
+        """Attention in place of ``torch.nn.functional.scaled_dot_product_attention``, with its signature.
 
         Parameters
         ----------
         query, key, value
             ``(batch, heads, queries, size)`` and ``(batch, key heads, keys, size)``; heads must be a multiple of key
-            heads. Causal sequences are aligned at their ends.
+            heads. Under autocast they take its dtype. A single query of several keys is a step of decoding.
+        attn_mask
+            Of truths, or added to scores, broadcastable to ``(batch, 1, queries, keys)``: causality that is aligned at
+            the ends of queries and keys, padding, or both.
+        dropout_p
+            0: sparse attention has no dropout.
         is_causal
-            Whether a query reads no key behind it.
+            Whether a query reads no key behind it. Queries and keys are aligned at their ends, also where there are
+            more keys; torch aligns them at their beginnings.
         scale
             By default one over the square root of the size.
+        enable_gqa
+            Taken for torch's sake: whether heads share keys is seen from the shapes.
         key_mask
-            Bool ``(batch, keys)``, False at padding.
+            Bool ``(batch, keys)``, False at padding; another way to say it.
         window
             Keys up to its own that a query reads at most.
         layer
@@ -287,16 +245,63 @@ class SparseAttention:
         Raises
         ------
         ConfigurationError
-            If shapes do not fit.
+            If shapes do not fit, a mask is more than causality and padding or given twice, or there is dropout.
         NonFiniteError
             If a query or key is NaN or infinite.
         """
-        call = AttentionCall(
-            layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, is_causal, window, key_mask
-        )
+        if dropout_p:
+            raise ConfigurationError(f"dropout_p is {dropout_p}; sparse attention has no dropout: pass 0.0")
+        query, key, value = as_autocast(query, key, value)
+        causal = is_causal or (query.dim() == key.dim() == 4 and query.shape[2] == 1 < key.shape[2])
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        call = AttentionCall(layer, query, key, value, scale, causal, window, key_mask)
         _check(call)
-        answer = self.attend(call)
+        if attn_mask is not None:
+            if is_causal or key_mask is not None or window is not None:
+                raise ConfigurationError(
+                    "attn_mask says all that may be read; leave is_causal, key_mask and window out"
+                )
+            call = _masked(call, attn_mask)
+        answer = _attended(self, call)
         return call.dense() if answer is None else answer.output
+
+
+def _attended(method: SparseAttention, call: AttentionCall) -> Answer | None:
+    """A method's answer; sums that it takes in float32 are not rounded by autocast."""
+    with torch.autocast(call.query.device.type, enabled=False):
+        return method.attend(call)
+
+
+def _masked(call: AttentionCall, mask: Tensor) -> AttentionCall:
+    """The call with what a mask says, which is causality, padding or both.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is more than that, or its shape does not fit.
+    """
+    (batch, _, queries, _), keys = call.query.shape, call.key.shape[2]
+    four = mask[(None,) * (4 - mask.dim())] if mask.dim() <= 4 else mask
+    fits = four.dim() == 4 and all(
+        part in (1, whole) for part, whole in zip(four.shape, (batch, call.query.shape[1], queries, keys))
+    )
+    if not fits or four.shape[3] != keys:
+        raise ConfigurationError(
+            f"attn_mask is {tuple(mask.shape)}; it must be broadcastable to (batch, 1, queries, keys), "
+            f"{(batch, 1, queries, keys)}"
+        )
+    for causal in (False, True) if queries > 1 else (call.causal,):
+        parsed = parse_mask(four, queries, causal, None)
+        if parsed is not None:
+            real, length = parsed
+            real = None if real is None else real.expand(batch, -1).contiguous()
+            return replace(
+                call, key=call.key[:, :, :length], value=call.value[:, :, :length], causal=causal, key_mask=real
+            )
+    raise ConfigurationError(
+        f"attn_mask {tuple(mask.shape)} is more than causality and padding, the same for all heads; attention under it "
+        "is dense: call torch.nn.functional.scaled_dot_product_attention"
+    )
 
 
 def _check(call: AttentionCall) -> None:

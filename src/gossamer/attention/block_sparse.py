@@ -67,7 +67,7 @@ class BlockSparse(SparseAttention):
         key, filled = pool_blocks(call.key, self.chunk_size, call.key_mask)
         scores = query @ key.repeat_interleave(call.group, 1).mT
         scores = scores.masked_fill((filled == 0)[:, None, None, :], -1e30)
-        always = sinks_and_diagonal(geometry, sinks=1, recent=FORCED - 1)
+        always = sinks_and_diagonal(geometry, 1, FORCED - 1, call.key_mask)
         blocks = top_blocks(scores, self.top_chunks, geometry.allowed, always)
         return BlockMask(blocks, queries, keys, geometry.block_size, call.causal)
 

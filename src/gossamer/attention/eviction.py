@@ -6,18 +6,15 @@ that are decoded later follow behind it. Positions go on counting from the whole
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Installed, TokenSelection
+from gossamer.attention.base import TokenSelection
+from gossamer.attention.model_cache import CacheInstalled, layer_of
 from gossamer.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from gossamer.attention.base import SparseAttention
 
 
 class EvictedLayer(DynamicLayer):
@@ -97,43 +94,18 @@ class EvictedLayer(DynamicLayer):
         return TokenSelection(indices, self.counts + (stored - self.front))
 
 
-class EvictingInstalled(Installed):
-    """A method at work that sees the cache of the model as well.
-
-    Parameters
-    ----------
-    model, method
-        As of :class:`~gossamer.attention.base.Installed`; the method has a `cache` that is set before every call.
-    """
-
-    def __init__(self, model: nn.Module, method: SparseAttention):
-        super().__init__(model, method)
-        modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-        self._handles = [module.register_forward_pre_hook(self._look, with_kwargs=True) for module in modules]
+class EvictingInstalled(CacheInstalled):
+    """A method at work that evicts tokens, after which no prompt may follow."""
 
     def _look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        self.method.cache = None if cache is None else weakref.ref(cache)  # type: ignore[attr-defined]
+        super()._look(module, args, kwargs)
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        evicted = isinstance(layer_of(cache, module.layer_idx), EvictedLayer)
+        evicted = isinstance(layer_of(self.method.cache, module.layer_idx), EvictedLayer)
         if evicted and hidden is not None and hidden.shape[1] > 1:
             raise ConfigurationError(
                 f"{hidden.shape[1]} tokens follow a prompt of which some were evicted; decode them one by one, or put "
                 "them into the prompt"
             )
-
-    def remove(self) -> None:
-        """Give the model its own attention back; what was evicted is gone."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        super().remove()
-
-
-def layer_of(cache: Any, index: int) -> Any:
-    """A layer of a cache of transformers, or None."""
-    layers = getattr(cache, "layers", None)
-    return layers[index] if isinstance(layers, list) and index < len(layers) else None
 
 
 def cache_bytes(cache: Any) -> int:

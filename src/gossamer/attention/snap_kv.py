@@ -16,8 +16,9 @@ from torch.nn.functional import avg_pool1d
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.attention.base import Answer, Installed, SparseAttention
-from gossamer.attention.eviction import EvictedLayer, EvictingInstalled, layer_of
+from gossamer.attention.eviction import EvictedLayer, EvictingInstalled
 from gossamer.attention.last_queries import last_query_weights
+from gossamer.attention.model_cache import layer_of
 from gossamer.attention.selection import ranks
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
@@ -88,17 +89,18 @@ class SnapKV(SparseAttention):
         """Evict after the prompt, and decode with what is left."""
         if call.layer in self.dense_layers or call.slides:
             return None
-        cache = self.cache() if self.cache is not None else None
-        layer = layer_of(cache, call.layer)
+        layer = layer_of(self.cache, call.layer)
         if call.phase == "prefill":
             if type(layer) is DynamicLayer and self.token_capacity < call.key.shape[2] == layer.keys.shape[2]:
-                cache.layers[call.layer] = EvictedLayer(layer.keys, layer.values, self.kept(call))
+                self.cache().layers[call.layer] = EvictedLayer(layer.keys, layer.values, self.kept(call))
             return None
         if not isinstance(layer, EvictedLayer):
             return None
         listed = layer.listed()
         output = gather_attention(call.query, call.key, call.value, listed.indices, listed.counts, scale=call.scale)
-        return Answer(output, listed.density(layer.seen))
+        read = listed.density(1) * len(call.query)
+        seen = len(call.query) * layer.seen if call.key_mask is None else float(call.key_mask.sum())
+        return Answer(output, read / seen, (read, seen))
 
     def kept(self, call: AttentionCall) -> Tensor:
         """Tokens that every key head keeps, bool ``(batch, key heads, tokens)``."""

@@ -9,7 +9,6 @@ that was found at another length.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,26 +216,19 @@ class StepwiseAttention(SparseAttention, ABC):
 class InstalledInSteps(Installed):
     """A method that remembers, at work in a model."""
 
-    def __init__(self, model: nn.Module, method: StepwiseAttention):
-        self.model, self.method, self._tallies = model, method, {}
-        method.reset()
-        self._site = _site(model, self._attend, method)  # type: ignore[assignment]
-        if isinstance(self._site, ProcessorSite):
-            method._followed.append(self._site)
+    method: StepwiseAttention
+
+    def _attach(self) -> DenoiserSite | ProcessorSite | AttentionSite:
+        if isinstance(self.model, Denoiser):
+            return DenoiserSite(self.model, self._attend, self.method)
+        if any(hasattr(module, "processor") for module in self.model.modules()):
+            site = ProcessorSite(self.model, self._attend, self.method, self._masked)
+            self.method._followed.append(site)
+            return site
+        return AttentionSite(self.model, self._attend, self._masked)
 
     def remove(self) -> None:
         """Give the model its own attention back; a second call does nothing."""
         super().remove()
-        followed = self.method._followed  # type: ignore[attr-defined]
-        if self._site in followed:
-            followed.remove(self._site)
-
-
-def _site(
-    model: nn.Module, attend: Callable[[AttentionCall], Tensor | None], method: StepwiseAttention
-) -> DenoiserSite | ProcessorSite | AttentionSite:
-    if isinstance(model, Denoiser):
-        return DenoiserSite(model, attend, method)
-    if any(hasattr(module, "processor") for module in model.modules()):
-        return ProcessorSite(model, attend, method)
-    return AttentionSite(model, attend)
+        if self._site in self.method._followed:
+            self.method._followed.remove(self._site)

@@ -73,7 +73,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, outputs, lse, blocks, key_mask = ctx.saved_tensors
-    found = block_attention_backward(grad, grad_lse, q, k, v, outputs, lse, blocks, key_mask, *ctx.about)
+    # where autocast is at work it would round what the kernel takes in float32
+    with torch.autocast(q.device.type, enabled=False):
+        found = block_attention_backward(grad, grad_lse, q, k, v, outputs, lse, blocks, key_mask, *ctx.about)
     return *found, None, None, *[None] * len(ctx.about)
 
 

@@ -100,6 +100,9 @@ class AttentionSite:
         A Hugging Face model, or any module that holds some.
     attend
         Gets every call, and returns ``(batch, heads, queries, value size)`` or None for dense attention.
+    masked
+        Is told of calls whose mask is more than causality and padding, which stay dense: the call without its mask, and
+        the mask.
 
     Raises
     ------
@@ -107,11 +110,16 @@ class AttentionSite:
         If the model does not look its attention up by name, or is taken over already.
     """
 
-    def __init__(self, model: nn.Module, attend: Callable[[AttentionCall], Tensor | None]):
+    def __init__(
+        self,
+        model: nn.Module,
+        attend: Callable[[AttentionCall], Tensor | None],
+        masked: Callable[[AttentionCall, Tensor], None] | None = None,
+    ):
         self._configs = _configurations(model)
         if any(config._attn_implementation == _NAME for config, _ in self._configs):
             raise ModelError("another attention method is at work in this model; call its remove() first")
-        self.attend = attend
+        self.attend, self.masked = attend, masked
         self._parsed: Any = WeakTensorKeyDictionary()
         self._layers: dict[int, int] = {}
         _register()
@@ -144,7 +152,7 @@ class AttentionSite:
         window: int | None,
         causal: bool | None,
     ) -> AttentionCall | None:
-        """What the model asks for; None if it is a mask that only dense attention can follow."""
+        """What the model asks for; None if it is a mask that only dense attention can follow, which is told."""
         causal = bool(getattr(module, "is_causal", True)) if causal is None else causal
         if causal and mask is None and 1 < query.shape[2] < key.shape[2]:
             # the empty rest of a cache of fixed size
@@ -156,9 +164,11 @@ class AttentionSite:
         if mask is None:
             return call
         if mask not in self._parsed:
-            self._parsed[mask] = _parse(mask, query.shape[2], causal, window)
+            self._parsed[mask] = parse_mask(mask, query.shape[2], causal, window)
         parsed = self._parsed[mask]
         if parsed is None:
+            if self.masked is not None:
+                self.masked(call, mask)
             return None
         real, length = parsed
         return replace(call, key=key[:, :, :length], value=value[:, :, :length], key_mask=real)
@@ -201,16 +211,34 @@ def _attention(
     for unknown in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unknown) is not None:
             raise ModelError(f"{type(module).__name__} asks for {unknown}, which sparse attention does not know")
+    query, key, value = as_autocast(query, key, value)
     call = site.read(module, query, key, value, attention_mask, scaling, sliding_window, is_causal)
     found = site.attend(call) if call is not None else None
     if found is not None:
         return found.transpose(1, 2).contiguous(), None
     if call is not None:
         return call.dense().transpose(1, 2).contiguous(), None
+    # a cache may hold its keys in the host's memory
     dense = nn.functional.scaled_dot_product_attention(
-        query, key, value, attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key.to(query.device),
+        value.to(query.device),
+        attention_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return dense.transpose(1, 2).contiguous(), None
+
+
+def as_autocast(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype of autocast where it is at work, as torch's own attention takes them; float64 stays."""
+    kind = parts[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return parts
+    dtype = torch.get_autocast_dtype(kind)
+    # what lies elsewhere is a cache in the host's memory, of which only a part will be read
+    mine = [part.device.type == kind and part.dtype != torch.float64 for part in parts]
+    return tuple(part.to(dtype) if cast else part for part, cast in zip(parts, mine))
 
 
 def _configurations(model: nn.Module) -> list[tuple[Any, str]]:
@@ -261,29 +289,46 @@ def _links(
     return links
 
 
-def _parse(mask: Tensor, queries: int, causal: bool, window: int | None) -> tuple[Tensor | None, int] | None:
-    """Which keys are real, and how many the cache holds; None if the mask is more than causality and padding."""
-    if mask.dim() != 4 or mask.shape[1] != 1:
+def parse_mask(mask: Tensor, queries: int, causal: bool, window: int | None) -> tuple[Tensor | None, int] | None:
+    """What a mask of torch's attention says, if it is no more than causality and padding.
+
+    Parameters
+    ----------
+    mask
+        ``(batch or 1, 1, queries or 1, keys)``, of truths, or added to scores.
+    queries
+        How many there are.
+    causal, window
+        What is known beforehand; see :class:`AttentionCall`.
+
+    Returns
+    -------
+    (Tensor or None, int) or None
+        Which keys are real, bool ``(batch or 1, keys)``, None for all; and the number of keys, without those at the end
+        that no query reads. None if the mask is more than that.
+    """
+    if mask.dim() != 4 or mask.shape[1] != 1 or (causal and queries > mask.shape[3]):
         return None
+    if mask.is_floating_point() and not bool(((mask == 0) | ~allowed_links(mask)).all()):
+        return None  # it biases scores
     step = max(1, _COMPARED // max(1, mask[:, :, :1].numel()))
     parts = [slice(first, first + step) for first in range(0, mask.shape[2], step)]
     real = torch.zeros(mask.shape[0], mask.shape[3], dtype=torch.bool, device=mask.device)
     for rows in parts:
-        real |= _seen(mask[:, 0, rows]).any(1)
+        real |= allowed_links(mask[:, 0, rows]).any(1)
     anyone = real.any(0).nonzero()
-    length = int(anyone[-1]) + 1 if len(anyone) else 0
-    if length < queries:
-        return None
+    # a batch may be padded beyond its longest sequence, and its padding asks, too
+    length = max(int(anyone[-1]) + 1 if len(anyone) else 0, min(queries, mask.shape[3]))
     real = real[:, :length]
     for rows in parts:
         expected = _links(queries, length, causal, window if causal else None, real, mask.device, rows)
-        if not bool((_seen(mask[:, :, rows, :length]) == expected).all()):
+        if not bool((allowed_links(mask[:, :, rows, :length]) == expected).all()):
             return None
     whole = bool(real.all()) or (window is not None and not bool(_padding(real, queries, window).any()))
     return (None if whole else real), length
 
 
-def _seen(mask: Tensor) -> Tensor:
+def allowed_links(mask: Tensor) -> Tensor:
     """Links that a mask allows, whether it is of truths or of what is added to scores."""
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
 

@@ -9,13 +9,14 @@ the `listener`, if there is one, that a sample begins and which step comes next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, ModelError
-from gossamer.models.attention_sites import AttentionCall
+from gossamer.models.attention_sites import AttentionCall, as_autocast
 
 
 class StepListener(Protocol):
@@ -89,6 +90,8 @@ class DenoiserSite:
         model.attention, model.listener = self._mixed, listener
 
     def _mixed(self, call: AttentionCall) -> Tensor:
+        query, key, value = as_autocast(call.query, call.key, call.value)
+        call = replace(call, query=query, key=key, value=value)
         found = self.attend(call)
         return self._earlier(call) if found is None else found
 
