@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 
@@ -13,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.attention.s2_attention import LocalStridePattern, S2Attention, S2Cache, SparseAttention
-from gossamer.attention.s2_pattern import common_and_rest, merge_queries, split_tiles
-from gossamer.core.block_mask import BlockMask
+from gossamer.attention.s2_pattern import common_and_rest, split_tiles
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.attention_sites import AttentionCall
 
@@ -108,14 +108,8 @@ def test_the_last_token_reads_the_tokens_of_its_row(pattern, length):
 
 @settings(max_examples=40, deadline=None)
 @given(pattern=patterns, count=st.integers(1, 12), factor=st.integers(1, 4))
-def test_merged_and_split_tiles_are_the_same_links(pattern, count, factor):
+def test_split_and_common_tiles_are_the_same_links(pattern, count, factor):
     mask = pattern.mask(count * 16 - 3, 16)
-    merged = merge_queries(mask, factor)
-    order = torch.arange(count) % factor + 1
-    rows = merged.last.repeat_interleave(factor, -2)[:, :, :count] >= order[:, None]
-    again = BlockMask(rows, mask.query_length, mask.key_length, mask.block_size)
-    assert torch.equal(again.blocks, mask.blocks)
-    assert torch.equal(merged.mask.blocks, merged.last > 0)
     assert torch.equal(split_tiles(mask, 8, 4).to_dense(), mask.to_dense())
     common, rest = common_and_rest(mask, factor)
     assert torch.equal(common.to_dense() | rest.to_dense(), mask.to_dense())
@@ -378,6 +372,53 @@ def test_the_cache_is_refused_where_it_would_be_read_wrongly(llama):
         S2Cache(method, 3, torch.tensor([[1, 0]]))
     with pytest.raises(ConfigurationError, match="2 numbers, but the batch 1"):
         S2Cache(method, 3, torch.ones(2, 5)).update(torch.zeros(1, 3, 5, 8), torch.zeros(1, 3, 5, 8), 1)
+
+
+def test_a_cache_that_was_not_told_of_the_padding_is_refused(llama):
+    method, mask = S2Attention(**METHOD), (torch.arange(21) >= torch.tensor([[0], [6]])).long()
+    options = {"attention_mask": mask, "max_new_tokens": 3, "pad_token_id": 0}
+    with method.active(llama):
+        with pytest.raises(ConfigurationError, match=r"\[0, 0\] tokens of padding in front, but these have \[0, 6\]"):
+            llama.generate(tokens(2, 21), past_key_values=S2Cache(method, 3), **options)
+        with pytest.raises(ConfigurationError, match=r"\[0, 6\] tokens of padding in front, but these have \[0, 0\]"):
+            llama.generate(tokens(2, 21), past_key_values=S2Cache(method, 3, mask), max_new_tokens=3, pad_token_id=0)
+
+
+@pytest.mark.parametrize("padded", [0, 150])
+def test_density_with_the_cache_is_that_without_it(llama, padded):
+    method, ids = S2Attention(**METHOD), tokens(2, 200)
+    mask = (torch.arange(200) >= torch.tensor([[0], [padded]])).long()
+    found = []
+    for cache in (None, S2Cache(method, 3, mask)):
+        with method.active(llama) as installed:
+            llama.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, pad_token_id=0)
+            found.append(installed.report())
+    assert found[1].density("decode") == pytest.approx(found[0].density("decode"))
+    assert found[1].layers("decode") == pytest.approx(found[0].layers("decode"))
+
+
+def test_tokens_are_not_taken_out_of_the_cache_again(llama):
+    method, other = S2Attention(**METHOD), copy.deepcopy(llama)
+    other.lm_head.weight.data.neg_()  # guesses that are never taken
+    with method.active(llama), pytest.raises(ConfigurationError, match="without an assistant model"):
+        llama.generate(
+            tokens(1, 20), assistant_model=other, past_key_values=S2Cache(method, 3), max_new_tokens=8, pad_token_id=0
+        )
+    S2Cache(method, 3).crop(0)
+
+
+def test_a_cache_may_be_filled_under_autocast_and_read_without_and_in_inference_mode_and_out_of_it(llama):
+    method, ids = S2Attention(**METHOD), tokens(1, 30)
+    model = copy.deepcopy(llama).float()
+    with method.active(model), torch.no_grad():
+        cache, expected = S2Cache(method, 3), model(ids).logits
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+        assert cache.layers[1].read()[0].keys.dtype == torch.bfloat16
+        found = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(21, 30)]
+    difference = (torch.cat(found, 1) - expected[:, 21:]).norm() / expected[:, 21:].norm()
+    assert 0 < difference < 0.05
 
 
 def test_layers_with_a_window_of_their_own_must_be_dense_for_the_cache():

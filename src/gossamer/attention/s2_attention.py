@@ -124,10 +124,10 @@ class S2Attention(base.SparseAttention):
 
 def _real(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """First real key of each sequence, and the one behind the last."""
-    batch, keys = call.key.shape[0], call.key.shape[2]
     if call.key_mask is None:
+        batch, keys = call.key.shape[0], call.key.shape[2]
         return torch.zeros(batch, dtype=torch.int64), torch.full((batch,), keys)
-    places = torch.arange(1, keys + 1, device=call.key_mask.device)
+    places = torch.arange(1, call.key_mask.shape[1] + 1, device=call.key_mask.device)
     last = (call.key_mask * places).amax(1)
     first = torch.where(last > 0, call.key_mask.int().argmax(1), last)
     if not bool((call.key_mask.sum(1) == last - first).all()):
@@ -154,7 +154,20 @@ def _one_query(call: AttentionCall, pattern: LocalStridePattern, size: int, firs
 
 
 def _from_cache(call: AttentionCall, shards: ShardedLayer) -> base.Answer:
-    """Decoding with a cache that holds no more than the pattern reads: all of it."""
+    """Decoding with a cache that holds no more than the pattern reads: all of it.
+
+    Raises
+    ------
+    ConfigurationError
+        If the cache was made for other padding than there is.
+    """
+    length, paddings = shards.get_seq_length(), shards.paddings
+    padded = [0] * len(paddings) if call.key_mask is None else _real(call)[0].tolist()
+    if padded != paddings:
+        raise ConfigurationError(
+            f"the S2Cache was made for sequences with {paddings} tokens of padding in front, but these have {padded}; "
+            "make it with the prompt's mask: S2Cache(method, layers, attention_mask)"
+        )
     group = call.query.shape[1] // shards.num_heads
     out = call.query.new_empty(*call.query.shape[:3], shards.value_size)
     read = 0
@@ -164,5 +177,5 @@ def _from_cache(call: AttentionCall, shards: ShardedLayer) -> base.Answer:
             call.query[:, mine], part.keys, part.values, part.indices, part.counts, scale=call.scale
         )
         read += int(part.counts.sum())
-    whole = call.query.shape[0] * shards.num_heads * shards.get_seq_length()
-    return base.Answer(out, read / whole)
+    pairs = (read / shards.num_heads, float(sum(length - padding for padding in paddings)))
+    return base.Answer(out, pairs[0] / pairs[1], pairs)

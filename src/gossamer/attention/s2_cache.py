@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from gossamer.attention.s2_pattern import LocalStridePattern
 from gossamer.errors import ConfigurationError, ModelError
+from gossamer.models.attention_sites import as_autocast
 
 _SPARE = 8  # of so many slots one more is reserved when memory grows
 
@@ -197,8 +198,12 @@ class ShardedLayer(CacheLayerMixin):
         ModelError
             If S2-Attention is not at work in the model: other attention would read places that hold nothing.
         """
+        key_states, value_states = as_autocast(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._memory = [
+            (_grown(keys, 0, key_states.dtype), _grown(values, 0, value_states.dtype)) for keys, values in self._memory
+        ]
         if self._unread:
             raise ModelError(
                 "an S2Cache is in use but S2Attention is not at work in the model; generate inside active(model)"
@@ -225,7 +230,8 @@ class ShardedLayer(CacheLayerMixin):
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         for number, slots in enumerate(self._plan.slots):
-            self._memory[number] = tuple(_grown(part, slots.capacity * slots.size) for part in self._memory[number])
+            old, places = self._memory[number], slots.capacity * slots.size
+            self._memory[number] = (_grown(old[0], places, keys.dtype), _grown(old[1], places, values.dtype))
             places = slots.places.to(keys.device)
             if keys.shape[2] == 1 and bool((slots.places >= 0).all()):
                 for memory, new in zip(self._memory[number], (keys, values)):
@@ -262,6 +268,11 @@ class ShardedLayer(CacheLayerMixin):
         """Memory of keys and values."""
         return sum(part.numel() * part.element_size() for pair in self._memory for part in pair)
 
+    @property
+    def paddings(self) -> list[int]:
+        """Tokens of padding in front of each sequence, as far as the cache was told."""
+        return self._plan.slots[0].paddings
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask: as if nothing were freed."""
         return self._length + query_length, 0
@@ -278,6 +289,20 @@ class ShardedLayer(CacheLayerMixin):
         """Forget everything."""
         self._memory, self._length, self._unread, self.is_initialized = [], 0, False, False
         self._plan.slots.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what was freed cannot be brought back.
+
+        Raises
+        ------
+        ConfigurationError
+            Always, unless nothing is to be removed.
+        """
+        if tokens_to_remove:
+            raise ConfigurationError(
+                f"{-tokens_to_remove} tokens are to be removed from an S2Cache, which has freed others for them; "
+                "decode without an assistant model, or with the model's own cache"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences, for beam search."""
@@ -335,10 +360,13 @@ def shards_of(key: Tensor) -> ShardedLayer | None:
     return layer if layer is not None and layer._unread and layer.address == address else None
 
 
-def _grown(memory: Tensor, places: int) -> Tensor:
-    if memory.shape[2] >= places:
+def _grown(memory: Tensor, places: int, dtype: torch.dtype) -> Tensor:
+    """Memory of at least so many places and a dtype, with what was there."""
+    if memory.shape[2] >= places and memory.dtype == dtype:
         return memory
-    grown = memory.new_zeros(*memory.shape[:2], places, memory.shape[3])
+    # a prompt may be read in inference mode and decoded outside of it
+    with torch.inference_mode(False):
+        grown = memory.new_zeros(*memory.shape[:2], max(places, memory.shape[2]), memory.shape[3], dtype=dtype)
     grown[:, :, : memory.shape[2]] = memory
     return grown
 

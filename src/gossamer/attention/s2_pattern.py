@@ -184,24 +184,6 @@ def _mask(pattern: LocalStridePattern, length: int, size: int, past: int) -> Blo
     return BlockMask(blocks[None], length - past, length, (size, size))
 
 
-@dataclass(frozen=True, eq=False)
-class MergedQueries:
-    """Tiles of several query blocks, each with all the key blocks that any of its rows reads.
-
-    Attributes
-    ----------
-    mask
-        The union, in tiles.
-    last
-        For every tile and key block how many of the tile's query blocks, counted from the first, come up to the last
-        that reads it; 0 if none does. int32, the shape of the mask's blocks. Where the pattern follows the cache rule,
-        rows before that one read it too, so that with causality this alone gives the pattern back.
-    """
-
-    mask: BlockMask
-    last: Tensor
-
-
 def split_tiles(mask: BlockMask, query_tile: int, key_tile: int) -> BlockMask:
     """The same links in smaller blocks.
 
@@ -220,21 +202,6 @@ def split_tiles(mask: BlockMask, query_tile: int, key_tile: int) -> BlockMask:
     return BlockMask(
         finer[..., : grid[0], : grid[1]], mask.query_length, mask.key_length, (query_tile, key_tile), mask.causal
     )
-
-
-def merge_queries(mask: BlockMask, factor: int) -> MergedQueries:
-    """Tiles of `factor` query blocks; blocks of keys stay as they are.
-
-    Raises
-    ------
-    ConfigurationError
-        If the factor is below 1.
-    """
-    rows = _in_tiles(mask.blocks, factor)
-    order = torch.arange(1, factor + 1, device=rows.device, dtype=torch.int32)[:, None]
-    last = torch.where(rows, order, 0).amax(-2)
-    size = (mask.block_size[0] * factor, mask.block_size[1])
-    return MergedQueries(BlockMask(last > 0, mask.query_length, mask.key_length, size, mask.causal), last)
 
 
 def common_and_rest(mask: BlockMask, factor: int) -> tuple[BlockMask, BlockMask]:
