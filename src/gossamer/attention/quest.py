@@ -8,53 +8,21 @@ Nothing is ever evicted: another query finds another page.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import nn
+from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import SparseAttention, TokenSelection
+from gossamer.attention.base import Installed, SparseAttention, TokenSelection
+from gossamer.attention.double_sparsity import real_first
+from gossamer.attention.model_cache import CacheInstalled, layer_of
+from gossamer.attention.page_cache import PagedLayer, Pages
 from gossamer.core.block_mask import block_count
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import page_scores
 from gossamer.models.attention_sites import AttentionCall, Phase
-
-
-@dataclass
-class Pages:
-    """Bounds of the keys of every page of a layer.
-
-    Attributes
-    ----------
-    low, high
-        ``(batch, key heads, pages, size)``.
-    tokens
-        Keys seen so far.
-    """
-
-    low: Tensor
-    high: Tensor
-    tokens: int
-
-    @classmethod
-    def of(cls, key: Tensor, size: int) -> Pages:
-        """Bounds of all keys ``(batch, key heads, keys, head size)``."""
-        spare = -key.shape[2] % size
-        low, high = (
-            pad(key, (0, 0, 0, spare), value=value).unflatten(2, (-1, size)) for value in (float("inf"), -float("inf"))
-        )
-        return cls(low.amin(3), high.amax(3), key.shape[2])
-
-    def append(self, key: Tensor, size: int) -> None:
-        """Take in one more key, ``(batch, key heads, 1, head size)``."""
-        if self.tokens % size == 0:
-            self.low, self.high = torch.cat([self.low, key], 2), torch.cat([self.high, key], 2)
-        else:
-            self.low[:, :, -1:] = self.low[:, :, -1:].minimum(key)
-            self.high[:, :, -1:] = self.high[:, :, -1:].maximum(key)
-        self.tokens += 1
 
 
 @register(
@@ -86,7 +54,7 @@ class Quest(SparseAttention):
     token_budget: int = 1024
     page_size: int = 16
     share_pages: bool = True
-    _pages: dict[int, Pages] = field(init=False, repr=False, compare=False, default_factory=dict)
+    cache: Any = field(init=False, repr=False, compare=False, default=None)
 
     phase: ClassVar[Phase] = "decode"
 
@@ -99,21 +67,23 @@ class Quest(SparseAttention):
                 "page or more"
             )
 
-    def reset(self) -> None:
-        """Forget all pages."""
-        self._pages.clear()
+    def install(self, model: nn.Module) -> Installed:
+        """As :meth:`SparseAttention.install`; the cache is seen, too, and keeps the bounds of its pages."""
+        return CacheInstalled(model, self)
 
-    def prefill(self, call: AttentionCall) -> None:
-        """Prompts are read densely; what was known of an earlier one is forgotten."""
-        self._pages.pop(call.layer, None)
+    def reset(self) -> None:
+        """Forget the cache."""
+        self.cache = None
 
     def decode(self, call: AttentionCall) -> TokenSelection | None:
         """The best pages, and the one that is being filled."""
-        pages = self._bounds(call)
-        chosen, current = self.token_budget // self.page_size, (pages.tokens - 1) // self.page_size
+        keys = call.key.shape[2]
+        chosen, current = self.token_budget // self.page_size, (keys - 1) // self.page_size
         if current <= chosen:
             return None
-        scores = page_scores(call.query, pages.low[:, :, :current], pages.high[:, :, :current])[:, :, 0]
+        pages = self._bounds(call)
+        low, high = (bound[:, :, :current].to(call.query.dtype) for bound in (pages.low, pages.high))
+        scores = page_scores(call.query, low, high)[:, :, 0]
         if self.share_pages:
             scores = scores.unflatten(1, (call.key.shape[1], -1)).sum(2)
         if call.key_mask is not None:
@@ -122,26 +92,19 @@ class Quest(SparseAttention):
         best = scores.topk(chosen, dim=-1).indices.sort(-1).values
         inside = torch.arange(self.page_size, device=best.device)
         tokens = (best[..., None] * self.page_size + inside).flatten(-2)
-        rest = torch.arange(current * self.page_size, pages.tokens, device=best.device)
+        rest = torch.arange(current * self.page_size, keys, device=best.device)
         tokens = torch.cat([tokens, rest.expand(*tokens.shape[:2], -1)], -1)
-        return TokenSelection(tokens) if call.key_mask is None else _without_padding(tokens, call.key_mask)
+        return TokenSelection(tokens) if call.key_mask is None else real_first(tokens, call.key_mask)
 
     def _bounds(self, call: AttentionCall) -> Pages:
-        known = self._pages.get(call.layer)
-        same = known is not None and known.low.shape[:2] == call.key.shape[:2]
-        if known is not None and same and known.tokens == call.key.shape[2] - 1:
-            known.append(call.key[:, :, -1:], self.page_size)
-            return known
-        self._pages[call.layer] = Pages.of(call.key, self.page_size)
-        return self._pages[call.layer]
+        layer = layer_of(self.cache, call.layer)
+        if type(layer) not in (DynamicLayer, PagedLayer) or layer.get_seq_length() != call.key.shape[2]:
+            # a cache of another kind keeps no bounds: they are read from the keys
+            return Pages.of(call.key, self.page_size)
+        if not isinstance(layer, PagedLayer) or layer.pages.size != self.page_size:
+            layer = self.cache().layers[call.layer] = PagedLayer(layer.keys, layer.values, self.page_size)
+        return layer.pages
 
     def selection_flops(self, length: int, heads: int, size: int) -> float:
         """Operations of one layer that go into choosing, for one token after a context of `length`."""
         return 4.0 * block_count(length, self.page_size) * size * heads
-
-
-def _without_padding(tokens: Tensor, real: Tensor) -> TokenSelection:
-    """The tokens ``(batch, heads, n)`` that are real first, and how many they are."""
-    meant = real[:, None, :].expand(-1, tokens.shape[1], -1).gather(-1, tokens)
-    order = meant.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return TokenSelection(tokens.gather(-1, order), meant.sum(-1))
