@@ -22,7 +22,7 @@ from gossamer.attention.double_sparsity import DoubleSparsity, LabelInstalled, l
 from gossamer.attention.label_cache import LabelLayer
 from gossamer.attention.token_sparse_layers import decoder_stack
 from gossamer.errors import ConfigurationError, UnknownNameError
-from gossamer.models.attention_sites import AttentionCall
+from gossamer.models.attention_sites import AttentionCall, allowed_links
 
 Place = Literal["mapped", "host", "pinned"]
 
@@ -175,18 +175,24 @@ class OffloadedDoubleSparsity(DoubleSparsity):
             self._probe.append(call)
             raise Probed
         if call.phase != "decode" or call.layer in self.dense_layers or call.window is not None:
-            return super().attend(_here(call))
+            return self._brought(call)
         keys = call.key.shape[2]
         count = token_count(self.tokens, keys)
         layer = label_layer(self.cache, call.layer)
         coming = self._coming.pop(call.layer, None)
         if layer is None or count < 2 or (coming is None and count >= keys):
-            return super().attend(_here(call))
+            return self._brought(call)
         fetched = coming.result() if coming is not None else self.fetch(layer, self._true(call, layer, count), call)
         if self.count_hits and coming is not None:
             self.hits.add(call.layer, fetched.selection.indices, self._true(call, layer, count).indices)
         self.hits.fetched_bytes += sum(part.numel() * part.element_size() for part in (fetched.keys, fetched.values))
         return Answer(_over(call, fetched), (fetched.keys.shape[2] + 1) / keys)
+
+    def _brought(self, call: AttentionCall) -> Answer | None:
+        """The answer over all keys and values, brought to the queries; the caller has them only where they lie."""
+        here = _here(call)
+        answer = super().attend(here)
+        return Answer(here.dense(), 1.0) if answer is None and here is not call else answer
 
     def _true(self, call: AttentionCall, layer: LabelLayer, count: int) -> TokenSelection:
         """What the query itself chooses among the tokens before the newest."""
@@ -288,8 +294,9 @@ class Probed(Exception):
 
 def _over(call: AttentionCall, fetched: Fetched) -> Tensor:
     """Attention of one query a head over fetched rows and the newest token."""
-    newest = [s[:, :, -1:].to(call.query.device).repeat_interleave(call.group, 1) for s in (call.key, call.value)]
-    keys, values = (torch.cat(pair, 2) for pair in ((fetched.keys, newest[0]), (fetched.values, newest[1])))
+    newest = [s[:, :, -1:].to(call.query).repeat_interleave(call.group, 1) for s in (call.key, call.value)]
+    found = [s.to(call.query) for s in (fetched.keys, fetched.values)]
+    keys, values = (torch.cat(pair, 2) for pair in zip(found, newest))
     mask = None
     if fetched.selection.counts is not None:
         places = torch.arange(keys.shape[2], device=keys.device)
@@ -311,13 +318,13 @@ def _here(call: AttentionCall) -> AttentionCall:
     """The call with keys and values where its query is."""
     if call.key.device == call.query.device:
         return call
-    return replace(call, key=call.key.to(call.query.device), value=call.value.to(call.query.device))
+    # autocast has passed by what lies elsewhere
+    return replace(call, key=call.key.to(call.query), value=call.value.to(call.query))
 
 
 def _padding_of(mask: Any, length: int) -> Tensor | None:
     """Which of the first keys are real, by the mask of a single query; None for all."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
-    seen = mask[:, 0, -1, :length]
-    real = seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen.bool()
+    real = allowed_links(mask[:, 0, -1, :length])
     return None if bool(real.all()) else real
