@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,8 @@ class MagnitudeHistogram:
     def __init__(self, name: str, scale: Tensor | None = None):
         self.name = name
         self.scale = None if scale is None else scale.float().cpu()
-        self.counts = torch.zeros(_BINS, dtype=torch.int64)
+        # numpy's zeros take memory page by page as it is used, a few of 128 here; torch's write it all
+        self.counts = torch.from_numpy(np.zeros(_BINS, dtype=np.int64))
         self._coarse = scale is None
 
     def update(self, inputs: Tensor) -> None:
