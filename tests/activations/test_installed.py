@@ -16,7 +16,7 @@ from gossamer.activations.r_sparse import RSparse
 from gossamer.activations.rules import ActivationRules
 from gossamer.activations.sparsing_law import PPLBudget
 from gossamer.activations.teal import Teal
-from gossamer.core.channel_rules import ChannelRule, Threshold
+from gossamer.core.channel_rules import ChannelRule, Everything, GroupTopK, Threshold, TopK
 from gossamer.errors import ModelError, OutputError
 
 SIZES = {
@@ -125,6 +125,13 @@ def test_a_file_that_does_not_name_its_model_is_taken_with_a_warning(tiny_llama,
         old = ActivationRules.load(str(tmp_path / "rules"))
     with install(tiny_llama, old):
         pass
+
+
+@pytest.mark.parametrize("selection", [Everything(), Threshold(0.25), TopK(3), GroupTopK(2, 8)])
+def test_every_selection_survives_a_file(selection, tmp_path):
+    rules = ActivationRules({"up": ChannelRule(selection)}, layers={"up": (64, 48)})
+    rules.save(tmp_path / "rules")
+    assert ActivationRules.load(tmp_path / "rules").inputs["up"].selection == selection
 
 
 def test_rules_are_saved_under_names_and_refused_in_folders_that_are_missing(tmp_path):
@@ -277,7 +284,7 @@ import copy, torch
 from torch import nn
 from gossamer.activations import installed
 from gossamer.activations.positions import DenseTokens
-from gossamer.core.channel_rules import ChannelRule, Threshold
+from gossamer.core.channel_rules import ChannelRule, Everything, GroupTopK, Threshold, TopK
 
 installed._product = lambda device: installed.channels_triton.input_sparse  # the interpreter's tensors are on the CPU
 torch.manual_seed(0)

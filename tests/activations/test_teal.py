@@ -330,13 +330,11 @@ def test_bad_parameters_and_data_are_refused(tiny_llama, batches):
         Teal().calibrate(tiny_llama, batches, progress=False)
 
 
-def test_greedy_budgets_beyond_what_a_layer_may_drop_are_refused_before_the_search(tiny_llama, batches):
-    calls = []
+def test_greedy_budgets_beyond_what_a_layer_may_drop_are_refused_at_once():
     with pytest.raises(
         ConfigurationError, match=r"sparsity is 0\.97; with allocation='greedy' it must be at most 0\.95"
     ):
-        GreedyAllocation().allocate(tiny_llama, batches, [], lambda site, sparsity: calls.append(site), 0.97)
-    assert not calls
+        Teal(sparsity=0.97, allocation="greedy")
 
 
 def test_greedy_steps_are_checked():

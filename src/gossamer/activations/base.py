@@ -80,6 +80,8 @@ class ActivationSparsifier:
             for name, share in self.allocation.items():
                 check_sparsity(share, f"sparsity of {name}")
         GreedyAllocation(self.step)
+        if self.allocation == "greedy":
+            GreedyAllocation.check(self.sparsity)
         DenseTokens(self.dense_prefill)
 
     def scale(self, site: InputSite) -> Tensor | None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
+from gossamer.core.channel_rules import ChannelRule, Everything, GroupTopK, Selection, Threshold, TopK
 from gossamer.errors import CheckpointError, ModelError
 from gossamer.runtime.thresholds import Thresholds
 from gossamer.storage.atomic import PathLike, atomic_file
@@ -216,6 +216,8 @@ def _described(selection: Selection) -> dict[str, Any]:
             return {"kind": "threshold", "value": value}
         case TopK(keep):
             return {"kind": "top-k", "keep": keep}
+        case GroupTopK(keep, group):
+            return {"kind": "group-top-k", "keep": keep, "group": group}
     raise CheckpointError(f"a selection by {type(selection).__name__} cannot be stored; use a threshold or top-k")
 
 
@@ -227,6 +229,8 @@ def _selection(said: Mapping[str, Any], file: PathLike) -> Selection:
             return Threshold(value)
         case {"kind": "top-k", "keep": keep}:
             return TopK(keep)
+        case {"kind": "group-top-k", "keep": keep, "group": group}:
+            return GroupTopK(keep, group)
     raise CheckpointError(f"{file} has a selection {dict(said)!r} that is not known; calibrate again")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.delta_activation import DeltaActivation
 from gossamer.activations.delta_cost import StreamCost, delta_ops, frame_ops
+from gossamer.activations.delta_layers import products_of_inputs
 from gossamer.activations.delta_model import DeltaModel, to_delta, to_threshold
 from gossamer.core.penalties import PENALTIES
 from gossamer.core.randomness import generator_for
@@ -187,11 +188,13 @@ def _contestants(start: nn.Module, settings: dict[str, Any], data: Clips) -> dic
 def _spatial_penalty(model: nn.Module, weight: float) -> Callable[[], Tensor]:
     """``weight · Σ fan-out · mean |a|`` of what enters the layers: the loss of delta activations without time."""
     heard: list[Tensor] = []
+    fan_outs: dict[nn.Module, float] = {}
 
     def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         entering = inputs[0].flatten(1)
-        fan_out = module.weight[:, 0].numel()  # type: ignore[index,union-attr]
-        heard.append(fan_out * PENALTIES["l1"](entering, 0.0).mean() / entering.shape[1])
+        if module not in fan_outs:
+            fan_outs[module] = float(products_of_inputs(module, inputs[0]).mean())
+        heard.append(fan_outs[module] * PENALTIES["l1"](entering, 0.0).mean() / entering.shape[1])
 
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for layer in layers[1:]:  # what enters the first is the clip itself
