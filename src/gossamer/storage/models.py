@@ -208,7 +208,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[Any, ...] | No
 
 def _activations(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What activations that no configuration knows say of themselves, by the name of the module."""
-    found = {name: module.stored_as() for name, module in model.named_modules() if hasattr(module, "stored_as")}  # type: ignore[operator]
+    found = {name: module.stored_as() for name, module in model.named_modules() if hasattr(module, "stored_as")}
     return {ACTIVATIONS: found} if found else {}
 
 
