@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -129,6 +130,8 @@ def draw(listed: list[Row], title: str, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel=labels[phase], title=phase)
         lengths = sorted({row["length"] for row in part})
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
