@@ -337,6 +337,15 @@ def test_greedy_budgets_beyond_what_a_layer_may_drop_are_refused_at_once():
         Teal(sparsity=0.97, allocation="greedy")
 
 
+def test_greedy_budgets_beyond_what_a_layer_may_drop_are_refused_before_the_search(tiny_llama, batches):
+    calls = []
+    with pytest.raises(
+        ConfigurationError, match=r"sparsity is 0\.97; with allocation='greedy' it must be at most 0\.95"
+    ):
+        GreedyAllocation().allocate(tiny_llama, batches, [], lambda site, sparsity: calls.append(site), 0.97)
+    assert not calls
+
+
 def test_greedy_steps_are_checked():
     with pytest.raises(ConfigurationError, match="step is 0"):
         GreedyAllocation(step=0.0)

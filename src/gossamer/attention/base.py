@@ -38,6 +38,13 @@ class TokenSelection:
     indices: Tensor
     counts: Tensor | None = None
 
+    @classmethod
+    def real_first(cls, indices: Tensor, real: Tensor) -> TokenSelection:
+        """Listed keys ``(batch, heads, n)`` that are no padding, ``(batch, keys)``, in front, and how many they are."""
+        meant = real[:, None, :].expand(-1, indices.shape[1], -1).gather(-1, indices)
+        order = meant.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        return cls(indices.gather(-1, order), meant.sum(-1))
+
     def density(self, keys: int) -> float:
         """Share of the keys that is read."""
         read = float(self.indices.shape[-1]) if self.counts is None else float(self.counts.double().mean())

@@ -46,7 +46,7 @@ class Rule:
     solve
         ``solve(length, sparsity, options)`` gives the method.
     fit
-        ``fit(model, data, length, sparsity, options)`` does, where a text must be looked at; then `solve` is not asked.
+        ``fit(model, data, length, sparsity, options)`` does, where a text must be looked at; one of the two is given.
     """
 
     phase: Phase
@@ -110,8 +110,7 @@ def budget_for(
     check_sparsity(sparsity)
     if length < 16:
         raise ConfigurationError(f"length is {length}; there is nothing to leave out below 16 tokens")
-    if rule.fit is None:
-        assert rule.solve is not None
+    if rule.solve is not None:
         return rule.solve(length, float(sparsity), options)
     if model is None or data is None:
         raise ConfigurationError(
@@ -236,8 +235,8 @@ def _double_sparsity(
     dense = sum(layer < layers for layer in set(method.dense_layers)) / layers
     # the layers that stay dense are made up for by the others
     tokens = 1.0 if dense == 1 else min(1.0, (1 - sparsity - dense) / (1 - dense))
-    method.tokens = 1.0 if sparsity == 0 else max(1, round(tokens * length))
-    reached = 0.0 if sparsity == 0 else (1 - dense) * (1 - int(method.tokens) / length)
+    method = dataclasses.replace(method, tokens=1.0 if sparsity == 0 else max(1, round(tokens * length)))
+    reached = 0.0 if sparsity == 0 else (1 - dense) * (1 - method.tokens / length)
     _within("double-sparsity", method, reached, sparsity, length)
     if method.channel_order is None:
         method.calibrate(model, data, progress=False)

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from gossamer.attention.base import Installed, SparseAttention, TokenSelection, missing_calibration
 from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
 from gossamer.attention.label_cache import LABEL_BITS, LabelCache, LabelLayer, channels_of, make_labels
+from gossamer.attention.model_cache import CacheInstalled, layer_of
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import label_topk
@@ -161,7 +162,7 @@ class DoubleSparsity(SparseAttention):
         pooling: Literal["sum"] | None = "sum" if self.share_tokens else None
         best = label_topk(query, labels[:, :, : keys - 1], count - 1, key_mask=real, pooling=pooling).long()
         indices = torch.cat([best, newest.expand(*best.shape[:2], 1)], -1)
-        return TokenSelection(indices) if call.key_mask is None else real_first(indices, call.key_mask)
+        return TokenSelection(indices) if call.key_mask is None else TokenSelection.real_first(indices, call.key_mask)
 
     def selection_flops(self, length: int, heads: int, size: int) -> float:
         """Operations of one layer that go into choosing, for one token after a context of `length`."""
@@ -214,19 +215,14 @@ class DoubleSparsity(SparseAttention):
         return LabelCache(orders, self.label_bits)
 
 
-class LabelInstalled(Installed):
+class LabelInstalled(CacheInstalled):
     """A method at work that gives new caches of the model layers with labels, and sees them when it decodes."""
 
     method: DoubleSparsity
 
-    def __init__(self, model: nn.Module, method: DoubleSparsity):
-        super().__init__(model, method)
-        modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-        self._handles = [module.register_forward_pre_hook(self._look, with_kwargs=True) for module in modules]
-
-    def _look(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        self.method.cache = None if cache is None else weakref.ref(cache)
+    def _look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._look(module, args, kwargs)
+        cache = None if self.method.cache is None else self.method.cache()
         layers, index = getattr(cache, "layers", None), module.layer_idx
         if not isinstance(layers, list) or index in self.method.dense_layers:
             return
@@ -241,19 +237,10 @@ class LabelInstalled(Installed):
             first = self.method.order_.first(index, channel_count(self.method.channels, size), heads, order.device)
             layers[index] = self.method.new_layer(index, first)
 
-    def remove(self) -> None:
-        """Give the model its own attention back; caches keep their labels."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.method.cache = None
-        super().remove()
-
 
 def label_layer(cache: weakref.ref[Any] | None, index: int) -> LabelLayer | None:
     """The layer of a cache that keeps labels, or None."""
-    layers = getattr(cache() if cache is not None else None, "layers", None)
-    found = layers[index] if isinstance(layers, list) and index < len(layers) else None
+    found = layer_of(cache, index)
     return found if isinstance(found, LabelLayer) else None
 
 
@@ -292,10 +279,3 @@ def _count(value: float | int, of: int, name: str, verb: str) -> int:
     raise ConfigurationError(
         f"{name} is {value!r}; give a share of {what} in (0, 1], such as 1/16, or how many are {verb}, from 1 up"
     )
-
-
-def real_first(indices: Tensor, real: Tensor) -> TokenSelection:
-    """Listed tokens ``(batch, heads, n)`` that are no padding, ``(batch, keys)``, in front, and how many they are."""
-    meant = real[:, None, :].expand(-1, indices.shape[1], -1).gather(-1, indices)
-    order = meant.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return TokenSelection(indices.gather(-1, order), meant.sum(-1))

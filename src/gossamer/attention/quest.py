@@ -15,7 +15,6 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from gossamer.attention.base import Installed, SparseAttention, TokenSelection
-from gossamer.attention.double_sparsity import real_first
 from gossamer.attention.model_cache import CacheInstalled, layer_of
 from gossamer.attention.page_cache import PagedLayer, Pages
 from gossamer.core.block_mask import block_count
@@ -94,7 +93,7 @@ class Quest(SparseAttention):
         tokens = (best[..., None] * self.page_size + inside).flatten(-2)
         rest = torch.arange(current * self.page_size, keys, device=best.device)
         tokens = torch.cat([tokens, rest.expand(*tokens.shape[:2], -1)], -1)
-        return TokenSelection(tokens) if call.key_mask is None else real_first(tokens, call.key_mask)
+        return TokenSelection(tokens) if call.key_mask is None else TokenSelection.real_first(tokens, call.key_mask)
 
     def _bounds(self, call: AttentionCall) -> Pages:
         layer = layer_of(self.cache, call.layer)
