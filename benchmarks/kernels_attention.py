@@ -21,8 +21,7 @@ from gossamer.kernels.attention import (
     antidiagonal_mass,
     block_mass,
     block_sparse_attention,
-    gather_attention,
-    label_topk,
+    label_attention,
 )
 from gossamer.kernels.native import instruction_set
 from gossamer.measure import Timing, interleave
@@ -149,7 +148,7 @@ def _step(options: Options, heads: int, dtype: torch.dtype) -> Row:
     k_labels = k[..., :labels].contiguous()
     runs: dict[str, Callable[[], object]] = {
         "torch": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=heads != shared),
-        "ours": lambda: gather_attention(q, k, v, label_topk(q[:, :, 0, :labels], k_labels, count)),
+        "ours": lambda: label_attention(q, k, v, q[..., :labels], k_labels, count),
     }
     seconds = interleave(runs, repeats=3 if options.quick else 15, warmup=2)
     case = (

@@ -25,9 +25,9 @@ namespace {
 #include "attention_vectors.hpp"
 
 #if defined(__AVX512F__)
-constexpr int kTogether = 4, kStrips = 4;  // rows for which a key is decoded once, and registers of a value
+constexpr int kTogether = 4, kSums = 16;  // rows for which a key is decoded once, and sums of values in registers
 #else
-constexpr int kTogether = 2, kStrips = 2;
+constexpr int kTogether = 2, kSums = 4;
 #endif
 
 constexpr std::int64_t kSoon = 16;  // tokens ahead of which keys are asked for
@@ -59,36 +59,55 @@ inline void ask_for(const Vectors& from, std::int64_t vector) {
   for (std::int64_t byte = 0; byte < from.size * (kBits<Stored> / 8); byte += 64) __builtin_prefetch(there + byte);
 }
 
-// Scores of some rows with at most sixteen tokens, sixteen of which are stored for each row. With the first rows, the
-// values of these tokens are asked for, and the keys that come later.
+// Scores of some rows with some tokens, not yet summed over lanes: one sum after the other would wait for itself, so that
+// those of several tokens take turns. With the first rows, the values of these tokens are asked for, and the keys that
+// come later.
+template <typename Stored, int Rows, int Tokens>
+inline void score_together(const TokenTile& tile, std::int64_t row, std::int64_t first, Lanes (*sums)[16],
+                           int at) {
+  const std::int64_t size = tile.keys.size, padded = (size + 15) / 16 * 16;
+  const float* query = tile.rows + row * padded;
+  std::int64_t tokens[Tokens];
+  const char* keys[Tokens];
+  Lanes some[Tokens][Rows];
+  for (int t = 0; t < Tokens; ++t) {
+    tokens[t] = tile.tokens[first + t];
+    keys[t] = vector_at<Stored>(tile.keys, tokens[t]);
+    for (int r = 0; r < Rows; ++r) some[t][r] = zero();
+    if (row != 0) continue;
+    if (first + t + kSoon < tile.last) ask_for<Stored>(tile.keys, tile.tokens[first + t + kSoon]);
+    ask_for<Stored>(tile.values, tokens[t]);
+  }
+  std::int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    Lanes queries[Rows];
+    for (int r = 0; r < Rows; ++r) queries[r] = load(query + r * padded + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const Lanes channels = Stored::all(keys[t], i);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) some[t][r] = multiply_add(queries[r], channels, some[t][r]);
+    }
+  }
+  if (i < size)
+    for (int t = 0; t < Tokens; ++t) {
+      const Lanes channels = sixteen<Stored>(tile.keys, tokens[t], i);
+      for (int r = 0; r < Rows; ++r) some[t][r] = multiply_add(load(query + r * padded + i), channels, some[t][r]);
+    }
+  for (int r = 0; r < Rows; ++r)
+    for (int t = 0; t < Tokens; ++t) sums[r][at + t] = some[t][r];
+}
+
+// Scores of some rows with at most sixteen tokens, sixteen of which are stored for each row.
 template <typename Stored, int Rows>
 inline void score_sixteen(const TokenTile& tile, std::int64_t row, std::int64_t first, int count, float* scores) {
-  const std::int64_t size = tile.keys.size, padded = (size + 15) / 16 * 16;
+  constexpr int kChains = 2 * kTogether / Rows;
   Lanes sums[Rows][16];
-  for (int t = 0; t < 16; ++t) {
+  int t = 0;
+  for (; t + kChains <= count; t += kChains) score_together<Stored, Rows, kChains>(tile, row, first + t, sums, t);
+  for (; t < count; ++t) score_together<Stored, Rows, 1>(tile, row, first + t, sums, t);
+  for (; t < 16; ++t)
     for (int r = 0; r < Rows; ++r) sums[r][t] = zero();
-    if (t >= count) continue;
-    const std::int64_t token = tile.tokens[first + t];
-    if (row == 0) {
-      if (first + t + kSoon < tile.last) ask_for<Stored>(tile.keys, tile.tokens[first + t + kSoon]);
-      ask_for<Stored>(tile.values, token);
-    }
-    const float* query = tile.rows + row * padded;
-    const char* key = vector_at<Stored>(tile.keys, token);
-    Lanes some[Rows];
-    for (int r = 0; r < Rows; ++r) some[r] = zero();
-    std::int64_t i = 0;
-    for (; i + 16 <= size; i += 16) {
-      const Lanes channels = Stored::all(key, i);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) some[r] = multiply_add(load(query + r * padded + i), channels, some[r]);
-    }
-    if (i < size) {
-      const Lanes channels = sixteen<Stored>(tile.keys, token, i);
-      for (int r = 0; r < Rows; ++r) some[r] = multiply_add(load(query + r * padded + i), channels, some[r]);
-    }
-    for (int r = 0; r < Rows; ++r) sums[r][t] = some[r];
-  }
   for (int r = 0; r < Rows; ++r) {
     transpose(sums[r]);
     for (int width = 8; width; width /= 2)
@@ -111,14 +130,14 @@ inline void add_values(const TokenTile& tile, std::int64_t row, std::int64_t str
     const std::int64_t token = tile.tokens[first + t];
     const char* value = vector_at<Stored>(tile.values, token);
     Lanes channels[Strips];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int s = 0; s < Strips; ++s)
       channels[s] = inside ? Stored::all(value, 16 * (strip + s))
                            : sixteen<Stored>(tile.values, token, 16 * (strip + s));
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const Lanes weight = spread(tile.scores[(row + r) * kTokens + t]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int s = 0; s < Strips; ++s) sums[r][s] = multiply_add(weight, channels[s], sums[r][s]);
     }
   }
@@ -163,10 +182,12 @@ void gather_tokens(const TokenTile& tile) {
       tile.most[row] = most;
     }
     in_rows(tile.count, [&](std::int64_t row, auto rows) {
-      constexpr int kSome = decltype(rows)::value;
+      constexpr int kSome = decltype(rows)::value, kStrips = kSums / kSome < 8 ? kSums / kSome : 8;
       std::int64_t strip = 0;
       for (; strip + kStrips <= strips; strip += kStrips)
         add_values<Stored, kSome, kStrips>(tile, row, strip, first, count, shares);
+      if constexpr (kStrips > 4)
+        for (; strip + 4 <= strips; strip += 4) add_values<Stored, kSome, 4>(tile, row, strip, first, count, shares);
       for (; strip < strips; ++strip) add_values<Stored, kSome, 1>(tile, row, strip, first, count, shares);
     });
   }

@@ -19,10 +19,19 @@ struct TokenList {
   }
   // Whether the tokens first … last − 1 of the list are some of so many.
   bool inside(std::int64_t first, std::int64_t last, std::int64_t tokens) const {
-    bool all = true;
-    for (std::int64_t i = first; i < last; ++i)
-      all &= static_cast<std::uint64_t>((*this)[i]) < static_cast<std::uint64_t>(tokens);
-    return all;
+    return wide ? inside(static_cast<const std::int64_t*>(places), first, last, tokens)
+                : inside(static_cast<const std::int32_t*>(places), first, last, tokens);
+  }
+
+ private:
+  template <typename Number>
+  static bool inside(const Number* list, std::int64_t first, std::int64_t last, std::int64_t tokens) {
+    std::int64_t least = 0, most = 0;
+    for (std::int64_t i = first; i < last; ++i) {
+      least = list[i] < least ? list[i] : least;
+      most = list[i] > most ? list[i] : most;
+    }
+    return least == 0 && (most < tokens || first >= last);
   }
 };
 

@@ -83,46 +83,75 @@ void merge(const Parts& parts, std::int64_t list, std::int64_t pieces, std::int6
   if (lse) *lse = total == 0.0f ? -std::numeric_limits<float>::infinity() : most / kPerLog2 + std::log(total);
 }
 
-// outputs: (batch, heads, queries, size), adjacent; lse without size, or null. False if a listed token does not exist:
-// then outputs mean nothing.
-bool gather(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q,
-            const Heads& k,
-            const Heads& v, const Heads& outputs, float* lse) {
-  const std::int64_t group = heads / lists.lists, rows = group * q.length, padded = (q.size + 15) / 16 * 16;
-  const std::int64_t pieces = std::max<std::int64_t>((lists.length + kList - 1) / kList, 1), all = batch * lists.lists;
-  const Parts parts(all, pieces, rows, v.strips());
-  std::atomic<bool> inside{true};
-  share_items(all * pieces, lists.threads, [&] {
-    auto scores = std::make_shared<Floats>(kTileRows * kTokens);
-    auto queries = std::make_shared<Floats>(kTileRows * padded);
-    return [&, scores, queries](std::int64_t item) {
-      const std::int64_t list = item / pieces, piece = item % pieces, b = list / lists.lists;
-      const std::int64_t key_head = list % lists.lists * key_heads / lists.lists;
-      const std::int64_t first = piece * kList, last = std::min(first + kList, lists.count(list));
-      if (!lists.tokens(list).inside(first, std::min(first + kList, lists.length), k.length)) inside = false;
-      if (first >= last || !inside) return;
-      for (std::int64_t row = 0; row < rows; row += kTileRows) {
-        const std::int64_t count = std::min<std::int64_t>(kTileRows, rows - row), at = item * rows + row;
-        for (std::int64_t i = 0; i < count; ++i) {
-          const std::int64_t head = list % lists.lists * group + (row + i) / q.length, query = (row + i) % q.length;
-          float* to = queries->get() + i * padded;
-          std::fill_n(to, padded, 0.0f);
-          attention_kernels().rows(q.vectors(b, head), query, query + 1, lists.scale * kPerLog2, to);
-        }
-        token_kernels().gather({queries->get(), count, k.vectors(b, key_head), v.vectors(b, key_head),
-                                lists.tokens(list), first, last,
-                                parts.sums.get() + at * parts.strips * 16, parts.most.get() + at,
-                                parts.total.get() + at, scores->get()});
+// Attention of queries over the tokens of their lists. outputs: (batch, heads, queries, size), adjacent; lse without size,
+// or null.
+class Gathering {
+ public:
+  struct Scratch {
+    Floats scores, queries;
+  };
+
+  Gathering(const Lists& lists, std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const Heads& q,
+            const Heads& k, const Heads& v, const Heads& outputs, float* lse)
+      : lists_(lists), q_(q), k_(k), v_(v), outputs_(outputs), lse_(lse), key_heads_(key_heads),
+        group_(heads / lists.lists), rows_(group_ * q.length), padded_((q.size + 15) / 16 * 16),
+        pieces_(std::max<std::int64_t>((lists.length + kList - 1) / kList, 1)), all_(batch * lists.lists),
+        parts_(all_, pieces_, rows_, v.strips()) {}
+
+  std::int64_t pieces() const { return pieces_; }  // of a list, each of at most kList tokens
+  std::int64_t all() const { return all_; }        // lists
+  Scratch scratch() const { return {Floats(kTileRows * kTokens), Floats(kTileRows * padded_)}; }
+
+  // False if a listed token does not exist: then nothing is read.
+  bool read(std::int64_t list, std::int64_t piece, const Scratch& scratch) const {
+    const std::int64_t b = list / lists_.lists, key_head = list % lists_.lists * key_heads_ / lists_.lists;
+    const std::int64_t first = piece * kList, last = std::min(first + kList, lists_.count(list));
+    if (!lists_.tokens(list).inside(first, std::min(first + kList, lists_.length), k_.length)) return false;
+    if (first >= last) return true;
+    for (std::int64_t row = 0; row < rows_; row += kTileRows) {
+      const std::int64_t count = std::min<std::int64_t>(kTileRows, rows_ - row);
+      const std::int64_t at = (list * pieces_ + piece) * rows_ + row;
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t head = list % lists_.lists * group_ + (row + i) / q_.length, query = (row + i) % q_.length;
+        float* to = scratch.queries.get() + i * padded_;
+        std::fill_n(to, padded_, 0.0f);
+        attention_kernels().rows(q_.vectors(b, head), query, query + 1, lists_.scale * kPerLog2, to);
       }
+      token_kernels().gather({scratch.queries.get(), count, k_.vectors(b, key_head), v_.vectors(b, key_head),
+                              lists_.tokens(list), first, last, parts_.sums.get() + at * parts_.strips * 16,
+                              parts_.most.get() + at, parts_.total.get() + at, scratch.scores.get()});
+    }
+    return true;
+  }
+
+  // Once all pieces of a list have been read.
+  void finish(std::int64_t list) const {
+    for (std::int64_t row = 0; row < rows_; ++row) {
+      const std::int64_t at = list * rows_ + row;  // lists are in the order of heads
+      merge(parts_, list, (lists_.count(list) + kList - 1) / kList, row, v_.size, outputs_.value,
+            reinterpret_cast<char*>(outputs_.data) + at * v_.size * outputs_.bytes(), lse_ ? lse_ + at : nullptr);
+    }
+  }
+
+ private:
+  const Lists& lists_;
+  const Heads &q_, &k_, &v_, &outputs_;
+  float* lse_;
+  std::int64_t key_heads_, group_, rows_, padded_, pieces_, all_;
+  Parts parts_;
+};
+
+// False if a listed token does not exist: then outputs mean nothing.
+bool gather(const Gathering& work, int threads) {
+  std::atomic<bool> inside{true};
+  share_items(work.all() * work.pieces(), threads, [&] {
+    auto scratch = std::make_shared<Gathering::Scratch>(work.scratch());
+    return [&, scratch](std::int64_t item) {
+      if (inside && !work.read(item / work.pieces(), item % work.pieces(), *scratch)) inside = false;
     };
   });
   if (!inside) return false;
-  for (std::int64_t list = 0; list < all; ++list)
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const std::int64_t at = list * rows + row;  // lists are in the order of heads
-      merge(parts, list, (lists.count(list) + kList - 1) / kList, row, v.size, outputs.value,
-            reinterpret_cast<char*>(outputs.data) + at * v.size * outputs.bytes(), lse ? lse + at : nullptr);
-    }
+  for (std::int64_t list = 0; list < work.all(); ++list) work.finish(list);
   return true;
 }
 
@@ -159,23 +188,33 @@ struct Labels {
   }
 };
 
-void label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, int threads) {
-  const std::int64_t keys = labels.k.length, stride = (keys + 31) / 16 * 16, all = labels.batch * labels.lists();
+// Room for the scores of a list, and for choosing from them.
+struct ChoiceScratch {
+  Floats scores, room;
+
+  static std::int64_t stride(std::int64_t keys) { return (keys + 31) / 16 * 16; }
+  explicit ChoiceScratch(std::int64_t keys) : scores(stride(keys)), room(2 * stride(keys)) {}
+};
+
+// `count` tokens of every list, list after list. `then(list)`: what the thread that has chosen does with them, if every
+// thread has lists of its own; else nothing, and the answer is false.
+template <typename MakeThen>
+bool label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, std::int64_t step, int threads,
+                MakeThen&& make_then) {
+  const std::int64_t keys = labels.k.length, stride = ChoiceScratch::stride(keys), all = labels.batch * labels.lists();
   const auto choose = [&](std::int64_t list, float* scores, const Floats& room) {
-    token_kernels().choose(scores, keys, count, places + list * count, room.get());
+    token_kernels().choose(scores, keys, count, places + list * step, room.get());
   };
-  if (all >= threads) {  // every thread has lists of its own, and chooses from scores that are still in its cache
+  if (all >= threads) {  // and chooses from scores that are still in its cache
     share_items(all, threads, [&] {
-      struct Scratch {
-        Floats scores, room;
-      };
-      auto scratch = std::make_shared<Scratch>(Scratch{Floats(stride), Floats(2 * stride)});
-      return [&, scratch](std::int64_t list) {
+      auto scratch = std::make_shared<ChoiceScratch>(keys);
+      return [&, scratch, then = make_then()](std::int64_t list) {
         labels.score(list, 0, keys, scratch->scores.get());
         choose(list, scratch->scores.get(), scratch->room);
+        then(list);
       };
     });
-    return;
+    return true;
   }
   const Floats scores(all * stride);
   const std::int64_t pieces = (keys + kLabels - 1) / kLabels;
@@ -189,6 +228,27 @@ void label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, 
     auto room = std::make_shared<Floats>(2 * stride);
     return [&, room](std::int64_t list) { choose(list, scores.get() + list * stride, *room); };
   });
+  return false;
+}
+
+void label_topk(const Labels& labels, std::int64_t count, std::int64_t* places, int threads) {
+  label_topk(labels, count, places, count, threads, [] { return [](std::int64_t) {}; });
+}
+
+// Chooses by labels and reads what is chosen, which then is still known in the cache of the thread that chose. With
+// `newest` the key behind those that have labels is read as well.
+void label_attention(const Labels& labels, std::int64_t count, bool newest, const Gathering& work,
+                     std::int64_t* places, std::int64_t step, int threads) {
+  if (newest)
+    for (std::int64_t list = 0; list < work.all(); ++list) places[list * step + count] = labels.k.length;
+  const bool done = label_topk(labels, count, places, step, threads, [&] {
+    auto scratch = std::make_shared<Gathering::Scratch>(work.scratch());
+    return [&work, scratch](std::int64_t list) {
+      for (std::int64_t piece = 0; piece < work.pieces(); ++piece) work.read(list, piece, *scratch);
+      work.finish(list);
+    };
+  });
+  if (!done) gather(work, threads);
 }
 
 }  // namespace
@@ -202,7 +262,23 @@ void bind_attention_tokens(nb::module_& m) {
     const nb::gil_scoped_release unlocked;
     const Lists chosen{lists, length, places, wide, reinterpret_cast<const std::int64_t*>(counts),
                        std::max(threads, 1), scale};
-    return gather(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse));
+    return gather({chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse)},
+                  chosen.threads);
+  });
+  m.def("attention_by_labels", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
+                                  const nb::tuple& k, const nb::tuple& v, const nb::tuple& q_labels,
+                                  const nb::tuple& k_labels, std::int64_t label_heads, int pooling,
+                                  Address key_mask, std::int64_t count, bool newest, float scale, int threads, const nb::tuple& outputs) {
+    const Heads all[] = {Heads::from(q), Heads::from(k), Heads::from(v), Heads::from(outputs)};
+    const Labels labels{batch, heads, label_heads, Heads::from(q_labels), Heads::from(k_labels), pooling,
+                        reinterpret_cast<const std::uint8_t*>(key_mask)};
+    const nb::gil_scoped_release unlocked;
+    const std::int64_t step = count + (newest ? 1 : 0);
+    std::vector<std::int64_t> places(static_cast<std::size_t>(batch * labels.lists() * step));
+    const Lists chosen{labels.lists(), step, reinterpret_cast<Address>(places.data()), true, nullptr,
+                       std::max(threads, 1), scale};
+    const Gathering work(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], nullptr);
+    label_attention(labels, count, newest, work, places.data(), step, chosen.threads);
   });
   m.def("attention_label_topk", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
                                    const nb::tuple& k,

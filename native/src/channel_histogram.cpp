@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "magnitudes.hpp"
@@ -52,13 +53,16 @@ void bind_channel_histogram(nb::module_& m) {
     static thread_local std::vector<Counters> memory;
     if (memory.size() < static_cast<std::size_t>(parts)) memory.resize(static_cast<std::size_t>(parts));
     Counters* counters = memory.data();  // the name means another in every thread
+    std::mutex handing_over;
     for (std::int64_t begin = 0; begin < rows; begin += step) {
       const std::int64_t here = std::min(step, rows - begin);
       parallel(parts, [&](int part, int all) {
         counters[part].range = kernels().count_magnitudes(numbers, begin + here * part / all,
                                                           begin + here * (part + 1) / all, counters[part].counts.data());
+        // by the thread that has them in its cache, where they are wanted next time
+        const std::lock_guard<std::mutex> alone(handing_over);
+        counters[part].hand_over(into<std::int64_t>(counts));
       });
-      for (int part = 0; part < parts; ++part) counters[part].hand_over(into<std::int64_t>(counts));
     }
   });
 }

@@ -29,7 +29,8 @@ constexpr int kLinesOfDots = 4, kRowsOfDots = 4;
 // lanes are loops themselves, and the compiler would be at it for minutes
 constexpr int kTogether = 2, kRowsTogether = 1, kLinesOfDots = 1, kRowsOfDots = 1;
 #endif
-constexpr std::int64_t kNear = 1024;   // bytes of all these lines together that are asked for beforehand
+constexpr std::int64_t kNear = 4096;     // bytes of all these lines together that are asked for beforehand
+constexpr std::int64_t kNearOfDots = 2048;  // the same of lines that are multiplied with vectors
 
 // Weights in blocks of thirty-two, as ChannelLines stores them.
 struct Nibbles {
@@ -326,7 +327,7 @@ inline void dot_lines(const ChannelLines& matrix, const std::int32_t* places, co
     lines[l] = line_of<Stored>(matrix, places[l]);
     next[l] = line_of<Stored>(matrix, following[l]);
   }
-  const std::int64_t bytes = bytes_of_line<Stored>(matrix), ahead = 2 * kNear / Lines;
+  const std::int64_t bytes = bytes_of_line<Stored>(matrix), ahead = kNearOfDots / Lines;
   Lanes totals[Lines][Rows];
   for (auto& each : totals)
     for (Lanes& one : each) one = zero();

@@ -20,6 +20,7 @@ constexpr int kPromptTile = 32;              // tokens of a prompt that go throu
 constexpr std::int64_t kRowsAtOnce = 32768;  // weights that several tokens use while they are in the cache
 constexpr std::int64_t kPanel = 16;          // rows that are computed side by side
 constexpr std::int64_t kDensePanel = 12;     // the same of dense rows, or half as many
+constexpr std::int64_t kHalved = 8;          // lines that the kernel takes together, so that the first half is whole
 constexpr int kNote = 16;                    // floats behind each partial result of attention: maximum and sum
 
 std::int64_t padded(std::int64_t count) { return (count + 63) / 64 * 64; }
@@ -83,6 +84,15 @@ T* room(std::vector<T>& memory, std::int64_t count) {
   return memory.data();
 }
 
+// Every thread looks for the live inputs itself: it takes less time than to wait for another.
+LiveChannels live_channels(const Kernels& kernels, const Matrix& matrix, const Inputs& inputs, bool sparse) {
+  std::int32_t* places = room(places_room, matrix.columns);
+  float* values = room(values_room, matrix.columns * inputs.count);
+  const std::int64_t count = kernels.channels.select(inputs.data, inputs.stride, inputs.count,
+                                                     sparse ? matrix.limits : nullptr, matrix.columns, places, values);
+  return {count, inputs.count, places, values};
+}
+
 }  // namespace
 
 const std::int64_t* Matrix::starts() const {
@@ -111,13 +121,8 @@ void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t l
     case Kind::blocks: kernels.blocks.few(blocks, first, last, inputs, outputs); break;
     case Kind::patterns: kernels.patterns.multiply(patterns, first, last, inputs, outputs); break;
     case Kind::channels: {
-      // every thread looks for the live ones itself: it takes less time than to wait for another
-      std::int32_t* places = room(places_room, columns);
-      float* values = room(values_room, columns * inputs.count);
-      const float* bounds = sparse ? limits : nullptr;
-      const std::int64_t live =
-          kernels.channels.select(inputs.data, inputs.stride, inputs.count, bounds, columns, places, values);
-      kernels.channels.spread(lines, {live, inputs.count, places, values}, first, last, outputs.data, outputs.stride, false);
+      const LiveChannels live = live_channels(kernels, *this, inputs, sparse);
+      kernels.channels.spread(lines, live, first, last, outputs.data, outputs.stride, false);
       break;
     }
     case Kind::nibble_rows: {
@@ -129,6 +134,18 @@ void Matrix::multiply(const Kernels& kernels, std::int64_t first, std::int64_t l
   }
   if (!bias) return;
   for (int b = 0; b < inputs.count; ++b) kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
+}
+
+void Matrix::multiply_half(const Kernels& kernels, int half, std::int64_t first, std::int64_t last,
+                           const Inputs& inputs, const Outputs& outputs, bool sparse) const {
+  const LiveChannels live = live_channels(kernels, *this, inputs, sparse);
+  const std::int64_t middle = std::min((live.count / 2 + kHalved - 1) / kHalved * kHalved, live.count);
+  const std::int64_t begin = half ? middle : 0, end = half ? live.count : middle;
+  const LiveChannels some{end - begin, live.rows, live.places + begin, live.inputs + begin * live.rows};
+  kernels.channels.spread(lines, some, first, last, outputs.data, outputs.stride, false);
+  if (half || !bias) return;
+  for (int b = 0; b < inputs.count; ++b)
+    kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
 }
 
 void Matrix::multiply_some(const Kernels& kernels, const std::int32_t* places, std::int64_t count, const Inputs& inputs,
@@ -219,6 +236,7 @@ class Decoder::Run {
     std::int64_t partial = 0;
     for (const Layer& layer : decoder.layers_)
       partial = std::max(partial, layer.heads * (layer.dim + kNote) * std::max<std::int64_t>(spans, 2 * request.threads));
+    const std::int64_t half = std::max(widest, wide_);
     std::size_t needed = 0;
     const auto reserve = [&](std::int64_t count) {
       const std::size_t begin = needed;
@@ -227,12 +245,14 @@ class Decoder::Run {
     };
     const std::size_t places[] = {reserve(tile * decoder.hidden_), reserve(tile * wide_),   reserve(tile * decoder.hidden_),
                                   reserve(tile * widest),          reserve(tile * widest),  reserve(tile * widest),
-                                  reserve(tile * widest),          reserve(partial)};
+                                  reserve(tile * widest),          reserve(partial),        reserve(half),
+                                  reserve(half),                   reserve(half)};
     if (decoder.memory_.size() < needed + 16) decoder.memory_.assign(needed + 16, 0.0f);
-    float** buffers[] = {&stream_, &inputs_, &results_, &first_, &second_, &third_, &fourth_, &partial_};
+    float** buffers[] = {&stream_, &inputs_, &results_, &first_, &second_, &third_, &fourth_, &partial_,
+                         &halves_[0], &halves_[1], &halves_[2]};
     auto address = reinterpret_cast<std::uintptr_t>(decoder.memory_.data());
     float* base = decoder.memory_.data() + (64 - address % 64) % 64 / sizeof(float);
-    for (std::size_t i = 0; i < 8; ++i) *buffers[i] = base + places[i];
+    for (std::size_t i = 0; i < std::size(buffers); ++i) *buffers[i] = base + places[i];
   }
 
   void work(int member, int members) {
@@ -318,6 +338,33 @@ class Decoder::Run {
     else matrix.multiply(kernels_, first, last, inputs, outputs, request_.sparse);
   }
 
+  // Whether the live inputs of a matrix are divided into halves, and not only its rows: then a thread reads whole lines,
+  // or longer pieces of them, which memory gives sooner. How they are divided does not depend on the number of threads.
+  static bool halved(const Member& self, const Matrix& matrix) {
+    return self.tokens == 1 && matrix.kind == Matrix::Kind::channels;
+  }
+
+  // What one half puts out goes to `outputs`, and of a matrix that is `halved` the other to `others`.
+  void multiply_halves(const Member& self, const Matrix& matrix, std::size_t place, const float* inputs,
+                       std::int64_t stride, float* outputs, std::int64_t output_stride, float* others) const {
+    if (!halved(self, matrix)) return multiply(self, matrix, place, inputs, stride, outputs, output_stride);
+    const std::int64_t blocks = (matrix.rows + kLineBlock - 1) / kLineBlock;
+    const std::int64_t begin = share(2 * blocks, self.number, self.members);
+    const std::int64_t end = share(2 * blocks, self.number + 1, self.members);
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t first = std::max(begin - half * blocks, std::int64_t{0}) * kLineBlock;
+      const std::int64_t last = std::min(std::min(end - half * blocks, blocks) * kLineBlock, matrix.rows);
+      if (first < last)
+        matrix.multiply_half(kernels_, half, first, last, {inputs, stride, 1}, {half ? others : outputs, output_stride},
+                             request_.sparse);
+    }
+  }
+
+  // Adds the other half of what a matrix has put out, once all have met.
+  void join(const Member& self, const Matrix& matrix, float* outputs, const float* others, std::int64_t count) const {
+    if (halved(self, matrix)) kernels_.steps.add(outputs, others, count);
+  }
+
   template <typename Use>
   static void each(const Member& self, std::int64_t count, Use&& use) {
     for (std::int64_t i = self.number; i < count; i += self.members) use(i);
@@ -351,10 +398,11 @@ class Decoder::Run {
   }
 
   // Add what the last matrix has put out to the residual stream, and prepare the inputs of the next one.
-  void add_results(const Member& self, const Norm& after, const Norm& next) {
+  void add_results(const Member& self, const Matrix& last, const Norm& after, const Norm& next) {
     const std::int64_t hidden = decoder_.hidden_;
     each(self, self.tokens, [&](std::int64_t token) {
       float* line = results_ + token * hidden;
+      join(self, last, line, halves_[0], hidden);
       if (after) normalise(after, line, line, hidden);
       kernels_.steps.add(stream_ + token * hidden, line, hidden);
       prepare(next, token);
@@ -365,9 +413,9 @@ class Decoder::Run {
   void attention(const Member& self, const Layer& layer, std::size_t index, unsigned char* keys, unsigned char* values) {
     const std::size_t place = index * kMatricesOfLayer;
     const std::int64_t width = layer.heads * layer.dim, key_width = layer.key_heads * layer.dim;
-    multiply(self, layer.query, place + kQuery, inputs_, wide_, first_, width);
-    multiply(self, layer.key, place + kKey, inputs_, wide_, second_, key_width);
-    multiply(self, layer.value, place + kValue, inputs_, wide_, third_, key_width);
+    multiply_halves(self, layer.query, place + kQuery, inputs_, wide_, first_, width, halves_[0]);
+    multiply_halves(self, layer.key, place + kKey, inputs_, wide_, second_, key_width, halves_[1]);
+    multiply_halves(self, layer.value, place + kValue, inputs_, wide_, third_, key_width, halves_[2]);
     meet(self, kMatrices);
     const std::int64_t heads = layer.heads + layer.key_heads;
     each(self, self.tokens * heads, [&](std::int64_t unit) { turn(self, layer, unit / heads, unit % heads, keys, values); });
@@ -375,9 +423,9 @@ class Decoder::Run {
     if (self.tokens == 1) attend_one(self, layer, keys, values);
     else attend_many(self, layer, keys, values);
     meet(self, kAttention);
-    multiply(self, layer.output, place + kOutput, fourth_, padded(width), results_, decoder_.hidden_);
+    multiply_halves(self, layer.output, place + kOutput, fourth_, padded(width), results_, decoder_.hidden_, halves_[0]);
     meet(self, kMatrices);
-    add_results(self, layer.after_attention, layer.before_feedforward);
+    add_results(self, layer.output, layer.after_attention, layer.before_feedforward);
   }
 
   // One head of one token: norm and rotation of a query, or of a key, which goes into the cache with its value.
@@ -388,13 +436,16 @@ class Decoder::Run {
     const float* sines = layer.sines + position * layer.rotary;
     if (head < layer.heads) {
       float* line = first_ + (token * layer.heads + head) * dim;
+      join(self, layer.query, line, halves_[0] + head * dim, dim);
       if (layer.query_norm) normalise(layer.query_norm, line, line, dim);
       kernels_.steps.rotate(line, cosines, sines, half, dim, layer.scale);
       return;
     }
     head -= layer.heads;
     float* key = second_ + (token * layer.key_heads + head) * dim;
-    const float* value = third_ + (token * layer.key_heads + head) * dim;
+    float* value = third_ + (token * layer.key_heads + head) * dim;
+    join(self, layer.key, key, halves_[1] + head * dim, dim);
+    join(self, layer.value, value, halves_[2] + head * dim, dim);
     if (layer.key_norm) normalise(layer.key_norm, key, key, dim);
     kernels_.steps.rotate(key, cosines, sines, half, dim, 1.0f);
     const std::int64_t base = head * cache_.capacity * dim, block = base + position / 16 * 16 * dim + position % 16;
@@ -479,6 +530,22 @@ class Decoder::Run {
   void feedforward(const Member& self, const Layer& layer, std::size_t index) {
     const std::size_t place = index * kMatricesOfLayer;
     const std::int64_t width = layer.gate.rows, stride = padded(width);
+    if (halved(self, layer.gate) && halved(self, layer.up) && !(request_.sparse && layer.gate_limits))
+      activate_halves(self, layer, place);
+    else
+      activate_rows(self, layer, place);
+    if (self.number == 0)
+      for (int token = 0; token < self.tokens; ++token) clear(first_ + token * stride, width);
+    meet(self, kMatrices);
+    multiply_halves(self, layer.down, place + kDown, first_, stride, results_, decoder_.hidden_, halves_[0]);
+    meet(self, kMatrices);
+    const bool last = index + 1 == decoder_.layers_.size();
+    add_results(self, layer.down, layer.after_feedforward, last ? decoder_.last_norm_ : decoder_.layers_[index + 1].before_attention);
+  }
+
+  // The inputs of the last matrix: every member those of the rows that it has computed itself.
+  void activate_rows(const Member& self, const Layer& layer, std::size_t place) const {
+    const std::int64_t stride = padded(layer.gate.rows);
     const Inputs inputs{inputs_, wide_, self.tokens};
     in_pieces(self, layer.gate, place + kGate, [&](std::int64_t first, std::int64_t last) {
       product(layer.gate, first, last, inputs, {first_, stride});
@@ -488,13 +555,17 @@ class Decoder::Run {
         kernels_.steps.activate(layer.activation, first_ + token * stride + first, second_ + token * stride + first,
                                 last - first);
     });
-    if (self.number == 0)
-      for (int token = 0; token < self.tokens; ++token) clear(first_ + token * stride, width);
+  }
+
+  void activate_halves(const Member& self, const Layer& layer, std::size_t place) {
+    const std::int64_t width = layer.gate.rows;
+    multiply_halves(self, layer.gate, place + kGate, inputs_, wide_, first_, width, halves_[0]);
+    multiply_halves(self, layer.up, place + kGate, inputs_, wide_, second_, width, halves_[1]);
     meet(self, kMatrices);
-    multiply(self, layer.down, place + kDown, first_, stride, results_, decoder_.hidden_);
-    meet(self, kMatrices);
-    const bool last = index + 1 == decoder_.layers_.size();
-    add_results(self, layer.after_feedforward, last ? decoder_.last_norm_ : decoder_.layers_[index + 1].before_attention);
+    const std::int64_t first = share(width, self.number, self.members), last = share(width, self.number + 1, self.members);
+    join(self, layer.gate, first_ + first, halves_[0] + first, last - first);
+    join(self, layer.up, second_ + first, halves_[1] + first, last - first);
+    kernels_.steps.activate(layer.activation, first_ + first, second_ + first, last - first);
   }
 
   // The activations of neurons whose gate is known: of those that stay, `up` is computed.
@@ -555,7 +626,7 @@ class Decoder::Run {
   const std::int64_t item_;
   const std::int64_t wide_;  // from one input vector to the next
   std::vector<std::pair<std::int64_t, float>> best_;
-  float *stream_, *inputs_, *results_, *first_, *second_, *third_, *fourth_, *partial_;
+  float *stream_, *inputs_, *results_, *first_, *second_, *third_, *fourth_, *partial_, *halves_[3];
   Barrier barrier_;
   std::chrono::steady_clock::time_point before_;
   double seconds_[4] = {0, 0, 0, 0};

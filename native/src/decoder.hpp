@@ -51,6 +51,9 @@ struct Matrix {
   // `sparse`: with limits, where there are any
   void multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
                 const Outputs& outputs, bool sparse) const;
+  // Of `channels`: what one half of the live inputs adds to the rows first … last − 1, the bias with the first half.
+  void multiply_half(const Kernels& kernels, int half, std::int64_t first, std::int64_t last, const Inputs& inputs,
+                     const Outputs& outputs, bool sparse) const;
   // The rows `places` alone.
   void multiply_some(const Kernels& kernels, const std::int32_t* places, std::int64_t count, const Inputs& inputs,
                      const Outputs& outputs) const;

@@ -18,9 +18,20 @@ inline void find_bins(const std::uint16_t* patterns, std::int64_t count, std::ui
   range = {static_cast<std::uint16_t>(before + 1), high};
 }
 
+// The upper halves of numbers that are multiplied with scales, from float32 or from bfloat16.
 inline void upper_halves(const float* numbers, const float* scales, std::int64_t count, std::uint16_t* patterns) {
   for (std::int64_t i = 0; i < count; ++i) {
     const float scaled = scales ? numbers[i] * scales[i] : numbers[i];
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &scaled, 4);
+    patterns[i] = static_cast<std::uint16_t>(bits >> 16);
+  }
+}
+
+inline void upper_halves(const std::uint16_t* numbers, const float* scales, std::int64_t count,
+                         std::uint16_t* patterns) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float scaled = as_float(std::uint32_t{numbers[i]} << 16) * scales[i];
     std::uint32_t bits;
     __builtin_memcpy(&bits, &scaled, 4);
     patterns[i] = static_cast<std::uint16_t>(bits >> 16);
@@ -34,10 +45,8 @@ inline void find_bins(const MagnitudeRows& rows, std::int64_t row, std::int64_t 
   const auto* halves = static_cast<const std::uint16_t*>(rows.data) + from;
   if (rows.value == Value::bfloat16 && !scales) return find_bins(halves, count, bins, range);
   std::uint16_t patterns[kBinsAtOnce];
-  float wide[kBinsAtOnce];
-  const float* numbers = static_cast<const float*>(rows.data) + from;
-  if (rows.value == Value::bfloat16) widen_bfloat16(halves, wide, count), numbers = wide;
-  upper_halves(numbers, scales, count, patterns);
+  if (rows.value == Value::bfloat16) upper_halves(halves, scales, count, patterns);
+  else upper_halves(static_cast<const float*>(rows.data) + from, scales, count, patterns);
   find_bins(patterns, count, bins, range);
 }
 

@@ -93,6 +93,8 @@ void expand_bitmask_rows(const BitmaskRows& matrix, std::int64_t first, std::int
 
 // ------------------------------------------------------------------------------------------------ dense
 
+constexpr std::int64_t kFar = 4096;  // bytes; a row is one stream, and a thread reads no other beside it
+
 template <typename Value, int Count>
 void dense_rows(const DenseRows& matrix, std::int64_t first, std::int64_t last, const float* inputs,
                 std::int64_t stride, float* outputs, std::int64_t output_stride) {
@@ -108,8 +110,8 @@ void dense_rows(const DenseRows& matrix, std::int64_t first, std::int64_t last, 
       for (auto& pair : sums) pair[0] = pair[1] = zero();
       std::int64_t column = begin;
       for (; column + 32 <= end; column += 32) {
-        fetch(matrix.values, (base + column) * kBits<Value> / 8 + kAhead);
-        if (kBits<Value> > 16) fetch(matrix.values, (base + column) * kBits<Value> / 8 + kAhead + 64);
+        fetch(matrix.values, (base + column) * kBits<Value> / 8 + kFar);
+        if (kBits<Value> > 16) fetch(matrix.values, (base + column) * kBits<Value> / 8 + kFar + 64);
         for (int half = 0; half < 2; ++half) {
           const Lanes weights = Value::all(matrix.values, base + column + 16 * half);
           for (int b = 0; b < Count; ++b)

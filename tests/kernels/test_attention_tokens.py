@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.kernels.attention import attention_with_lse, gather_attention, label_topk, page_scores
+from gossamer.kernels.attention import (
+    attention_with_lse,
+    gather_attention,
+    label_attention,
+    label_topk,
+    page_scores,
+)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,6 +129,55 @@ def test_a_nan_label_is_chosen(way, keys):
         assert 37 in label_topk(q, k, 3, pooling=pooling)[0, 0].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "shared", "keys", "size", "value_size", "labels", "count", "label_heads"),
+    [
+        (1, 8, 8, 1500, 128, 128, 8, 600, 8),
+        (2, 4, 2, 300, 33, 70, 5, 40, 2),
+        (1, 4, 2, 90, 64, 64, 4, 200, 4),  # labels of every head; more tokens than there are
+        (1, 1, 1, 700, 80, 16, 16, 1, 1),  # fewer lists than threads
+    ],
+)
+def test_choosing_and_reading_in_one_pass_is_both_after_each_other(
+    way, batch, heads, shared, keys, size, value_size, labels, count, label_heads, dtype
+):
+    q, k = draw(batch, heads, 1, size, dtype=dtype), draw(batch, shared, keys, size, seed=1, dtype=dtype)
+    v = draw(batch, shared, keys, value_size, seed=2, dtype=dtype)
+    q_labels = draw(batch, heads, labels, seed=3)
+    real = torch.rand(batch, keys, generator=torch.Generator().manual_seed(0)) < 0.7
+    for newest in (False, True):
+        k_labels = draw(batch, label_heads, keys - newest, labels, seed=4).bfloat16().float()
+        for mask in (None, real[:, : keys - newest].contiguous()):
+            for pooling in ("sum", "max", None):
+                about = {"key_mask": mask, "pooling": pooling}
+                chosen = label_topk(q_labels, k_labels, count, **about)
+                if newest:
+                    chosen = torch.cat([chosen, torch.full((*chosen.shape[:2], 1), keys - 1)], -1)
+                wanted = gather_attention(q, k, v, chosen, scale=0.3)
+                found = label_attention(q, k, v, q_labels, k_labels, count, newest=newest, scale=0.3, **about)
+                assert torch.equal(found, wanted)
+
+
+def test_the_newest_token_alone(way):
+    q, k, v = draw(1, 2, 1, 16), draw(1, 1, 9, 16, seed=1), draw(1, 1, 9, 16, seed=2)
+    found = label_attention(q, k, v, q[:, :, 0, :4], k[:, :, :8, :4], 0, newest=True)
+    torch.testing.assert_close(found, v[:, :, 8:].expand(1, 2, 1, 16))
+
+
+def test_labels_that_do_not_fit_are_refused():
+    q, k = draw(1, 4, 1, 16), draw(1, 2, 9, 16, seed=1)
+    labels = k[..., :4]
+    with pytest.raises(ConfigurationError, match="k_labels"):
+        label_attention(q, k, k, q[..., :4], labels, 3, newest=True)  # the newest has none
+    with pytest.raises(ConfigurationError, match="at least 1 key"):
+        label_attention(q, k, k, q[..., :4], labels, 0)
+    with pytest.raises(ConfigurationError, match="key_mask"):
+        label_attention(q, k, k, q[..., :4], labels, 3, key_mask=torch.ones(1, 8, dtype=torch.bool))
+    with pytest.raises(ConfigurationError, match="pooling"):
+        label_attention(q, k, k, q[..., :4], labels, 3, pooling="mean")
+
+
 def test_choice_and_attention_do_not_depend_on_threads(way):
     q, k = draw(1, 4, 1, 64), draw(1, 2, 3000, 64, seed=1)
     before, found = torch.get_num_threads(), []
@@ -130,12 +185,14 @@ def test_choice_and_attention_do_not_depend_on_threads(way):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             chosen = label_topk(q[:, :, 0, :4], k[..., :4], 1500)
-            found.append((chosen, gather_attention(q, k, k, chosen)))
+            together = label_attention(q, k, k, q[:, :, 0, :4], k[..., :4], 1500)
+            found.append((chosen, gather_attention(q, k, k, chosen), together))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0][0], found[1][0])
     if way != "reference":  # where torch divides its own products differently
         assert torch.equal(found[0][1], found[1][1])
+        assert torch.equal(found[0][2], found[1][2])
 
 
 def test_no_key_of_a_page_beats_its_score():

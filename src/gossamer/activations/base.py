@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -325,7 +326,7 @@ def observe_magnitudes(
     last: list[Any] = [None, None]
 
     def count(name: str, values: Tensor, scale: Tensor | None) -> None:
-        if scale is None and last[0] is values:
+        if scale is None and last[0] is not None and last[0]() is values:
             found.setdefault(name, last[1])
             return
         if name not in found:  # half a megabyte of counters
@@ -333,7 +334,7 @@ def observe_magnitudes(
         histogram = found[name]
         histogram.update(values)
         if scale is None:
-            last[:] = [values, histogram]
+            last[:] = [weakref.ref(values), histogram]  # held, its memory would not be there for the next layer
 
     handles = []
     for site, scale in sites.items():

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Installed, SparseAttention, TokenSelection, missing_calibration
+from gossamer.attention.base import Answer, Installed, SparseAttention, TokenSelection, missing_calibration
 from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
 from gossamer.attention.label_cache import LABEL_BITS, LabelCache, LabelLayer, channels_of, make_labels
 from gossamer.attention.model_cache import CacheInstalled, layer_of
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
-from gossamer.kernels.attention import label_topk
+from gossamer.kernels.attention import label_attention, label_topk
 from gossamer.models.attention_sites import AttentionCall
 from gossamer.models.blocks import Batch
 
@@ -125,17 +125,34 @@ class DoubleSparsity(SparseAttention):
             raise missing_calibration(self)
         return self.channel_order.first(layer, channel_count(self.channels, size), heads, device)
 
+    def attend(self, call: AttentionCall) -> Answer | None:
+        """Attention of a call, or None if it is to stay dense; without padding, tokens are read as they are chosen."""
+        if call.phase != "decode" or call.key_mask is not None or call.layer in self.dense_layers or call.slides:
+            return super().attend(call)
+        count = self._count(call)
+        if count is None:
+            return None
+        order, labels = self._labels(call)
+        pooling = self._pooling(call, labels)
+        output = label_attention(
+            *(call.query, call.key, call.value, _query_labels(call, order, labels.dtype)),
+            *(labels[:, :, : call.key.shape[2] - 1], count - 1),
+            newest=True,
+            pooling=pooling,
+            scale=call.scale,
+        )
+        return Answer(output, count / call.key.shape[2])
+
     def decode(self, call: AttentionCall) -> TokenSelection | None:
         """The newest token, and those whose labels agree best with the query; all, where a window slides."""
-        if call.window is not None:
-            return None
+        count = self._count(call)
+        return None if count is None else self.select(call, *self._labels(call), count)
+
+    def _count(self, call: AttentionCall) -> int | None:
+        """How many tokens a query reads; None for all."""
         keys = call.key.shape[2]
         count = token_count(self.tokens, keys)
-        if count >= keys:
-            return None
-        order = self.order(call.layer, call.query.shape[1], call.query.shape[3], call.query.device)
-        labels = self._labels(call, order)
-        return self.select(call, order, labels, count)
+        return None if call.window is not None or count >= keys else count
 
     def select(self, call: AttentionCall, order: Tensor, labels: Tensor, count: int) -> TokenSelection:
         """The best tokens of a call.
@@ -150,16 +167,13 @@ class DoubleSparsity(SparseAttention):
             Tokens to read, the newest included; fewer than there are.
         """
         keys = call.key.shape[2]
-        by_head = order.repeat_interleave(call.query.shape[1] // len(order), 0)
-        query = channels_of(call.query, by_head)[:, :, 0].to(labels.dtype)
+        query = _query_labels(call, order, labels.dtype)
         real = None if call.key_mask is None else call.key_mask[:, : keys - 1].contiguous()
         newest = torch.full((), keys - 1, device=call.query.device)
         if count == 1:
             heads = call.key.shape[1] if self.share_tokens else call.query.shape[1]
             return TokenSelection(newest.expand(len(call.query), heads, 1))
-        if self.share_tokens and labels.shape[1] != call.key.shape[1]:
-            raise ConfigurationError("heads with labels of their own cannot choose tokens together; set scope='group'")
-        pooling: Literal["sum"] | None = "sum" if self.share_tokens else None
+        pooling = self._pooling(call, labels)
         best = label_topk(query, labels[:, :, : keys - 1], count - 1, key_mask=real, pooling=pooling).long()
         indices = torch.cat([best, newest.expand(*best.shape[:2], 1)], -1)
         return TokenSelection(indices) if call.key_mask is None else TokenSelection.real_first(indices, call.key_mask)
@@ -168,12 +182,19 @@ class DoubleSparsity(SparseAttention):
         """Operations of one layer that go into choosing, for one token after a context of `length`."""
         return 2.0 * length * channel_count(self.channels, size) * heads
 
-    def _labels(self, call: AttentionCall, order: Tensor) -> Tensor:
+    def _labels(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Which channels are labels, and the labels of all keys."""
+        order = self.order(call.layer, call.query.shape[1], call.query.shape[3], call.query.device)
         layer = label_layer(self.cache, call.layer)
         if layer is not None and layer.get_seq_length() == call.key.shape[2]:
-            return layer.labels.values()
+            return order, layer.labels.values()
         # a cache of another kind keeps none: they are read from the keys
-        return make_labels(channels_of(call.key, order), self.label_bits).values()
+        return order, make_labels(channels_of(call.key, order), self.label_bits).values()
+
+    def _pooling(self, call: AttentionCall, labels: Tensor) -> Literal["sum"] | None:
+        if self.share_tokens and labels.shape[1] != call.key.shape[1]:
+            raise ConfigurationError("heads with labels of their own cannot choose tokens together; set scope='group'")
+        return "sum" if self.share_tokens else None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the method into a model, whose caches then keep labels; see :class:`SparseAttention`.
@@ -213,6 +234,12 @@ class DoubleSparsity(SparseAttention):
         layers = range(config.num_hidden_layers)
         orders = [None if n in self.dense_layers else self.order(n, heads, size, device) for n in layers]
         return LabelCache(orders, self.label_bits)
+
+
+def _query_labels(call: AttentionCall, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """The channels of a query that its head's labels are of, ``(batch, heads, r)``."""
+    by_head = order.repeat_interleave(call.query.shape[1] // len(order), 0)
+    return channels_of(call.query, by_head)[:, :, 0].to(dtype)
 
 
 class LabelInstalled(CacheInstalled):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from mmap import mmap
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.errors import CalibrationError, NonFiniteError, check_sparsity
+from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError, check_sparsity
 
 _BINS = 1 << 16  # of which magnitudes, without a sign bit, fill the lower half
 _SHIFT = 16
@@ -24,7 +25,7 @@ _compiled: Callable[[Tensor, Tensor | None, Tensor], bool] | None = None
 
 
 def use_compiled(count: Callable[[Tensor, Tensor | None, Tensor], bool]) -> None:
-    """Have a kernel count: ``count(rows, scale, counts)`` adds to `counts`, or returns False if it cannot."""
+    """Have a kernel count: ``count(x, scale, counts)`` adds ``(…, n)`` to `counts`, or returns False if it cannot."""
     global _compiled
     _compiled = count
 
@@ -42,18 +43,21 @@ class MagnitudeHistogram:
 
     def __init__(self, name: str, scale: Tensor | None = None):
         self.name = name
-        self.scale = None if scale is None else scale.float().cpu()
-        # numpy's zeros take memory page by page as it is used, a few of 128 here; torch's write it all
-        self.counts = torch.from_numpy(np.zeros(_BINS, dtype=np.int64))
+        self.scale = None if scale is None else scale.float().cpu().contiguous()
+        # such memory is taken page by page as it is used, a few of 128 here; zeros of torch or numpy may be written
+        self.counts = torch.from_numpy(np.frombuffer(mmap(-1, 8 * _BINS), dtype=np.int64))
         self._coarse = scale is None
 
     def update(self, inputs: Tensor) -> None:
         """Count the entries of ``(…, n)``."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])
         self._coarse &= inputs.dtype == torch.bfloat16
-        if _compiled is not None and _compiled(rows, self.scale, self.counts):
+        if self.scale is not None and len(self.scale) != inputs.shape[-1]:
+            raise ConfigurationError(
+                f"{self.name}: inputs of {inputs.shape[-1]} channels, but a scale of {len(self.scale)}"
+            )
+        if _compiled is not None and _compiled(inputs, self.scale, self.counts):
             return
-        scores = rows.abs().float()
+        scores = inputs.detach().reshape(-1, inputs.shape[-1]).abs().float()
         if self.scale is not None:
             scores = scores * self.scale.to(scores.device)
         bins = scores.flatten().view(torch.int32) >> _SHIFT

@@ -27,7 +27,7 @@ from gossamer.kernels.attention_inputs import (
     scale_of,
 )
 from gossamer.kernels.attention_reference import Visibility
-from gossamer.kernels.attention_tokens import gather_attention, label_topk, page_scores
+from gossamer.kernels.attention_tokens import gather_attention, label_attention, label_topk, page_scores
 
 __all__ = [
     "antidiagonal_mass",
@@ -35,6 +35,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "gather_attention",
+    "label_attention",
     "label_topk",
     "page_scores",
 ]

@@ -121,6 +121,37 @@ def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, poolin
     return found
 
 
+def label_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    labels: tuple[Tensor, Tensor],
+    count: int,
+    newest: bool,
+    key_mask: Tensor | None,
+    pooling: str | None,
+    scale: float,
+) -> Tensor:
+    """:func:`gossamer.kernels.attention_passes.label_attention`, a thread choosing and reading head after head."""
+    outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    q, k, v, q_labels, k_labels = (adjacent(x) for x in (q, k, v, *labels))
+    mask = None if key_mask is None else key_mask.contiguous()
+    native().attention_by_labels(
+        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _heads(v), _heads(q_labels), _heads(k_labels)),
+        *(
+            k_labels.shape[1],
+            _POOLINGS[pooling],
+            0 if mask is None else mask.data_ptr(),
+            count,
+            newest,
+            scale,
+            torch.get_num_threads(),
+        ),
+        _heads(outputs),
+    )
+    return outputs
+
+
 def adjacent(x: Tensor) -> Tensor:
     """`x` for compiled code, the numbers of a vector side by side."""
     return x if x.stride(-1) == 1 else x.detach().contiguous()

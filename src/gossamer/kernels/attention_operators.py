@@ -141,6 +141,28 @@ def _(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | 
     return k.new_empty(q.shape[0], q.shape[1] if pooling is None else k.shape[1], count, dtype=torch.int64)
 
 
+@torch.library.custom_op("gossamer::label_attention", mutates_args=())
+def label_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    count: int,
+    newest: bool,
+    key_mask: Tensor | None,
+    pooling: str | None,
+    scale: float,
+) -> Tensor:
+    """:func:`gossamer.kernels.attention_passes.label_attention`."""
+    return passes.label_attention(q, k, v, (q_labels, k_labels), count, newest, key_mask, pooling, scale)
+
+
+@label_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
 def _grid(q: Tensor, k: Tensor, rows: int, columns: int) -> Tensor:
     """Room for a number of every block."""
     return q.new_empty(*q.shape[:2], -(-q.shape[2] // rows), -(-k.shape[2] // columns), dtype=torch.float32)

@@ -74,3 +74,26 @@ def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, poolin
         return compiled.label_topk(q, k, count, key_mask, pooling)
     with torch.no_grad():
         return reference.label_topk(q, k, count, key_mask, pooling)
+
+
+def label_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    labels: tuple[Tensor, Tensor],
+    count: int,
+    newest: bool,
+    key_mask: Tensor | None,
+    pooling: str | None,
+    scale: float,
+) -> Tensor:
+    """Outputs over the keys whose labels agree best with the queries', and over the newest, without gradients."""
+    if count and compiled.suits("attention_by_labels", q, k, v, *labels):
+        return compiled.label_attention(q, k, v, labels, count, newest, key_mask, pooling, scale)
+    if count:
+        chosen = label_topk(labels[0], labels[1], count, key_mask, pooling)
+    else:
+        chosen = torch.empty(len(q), labels[1].shape[1], 0, dtype=torch.int64, device=q.device)
+    if newest:
+        chosen = torch.cat([chosen, chosen.new_full((*chosen.shape[:2], 1), k.shape[2] - 1)], -1)
+    return gather(q, k, v, chosen, None, scale, with_lse=False)[0]

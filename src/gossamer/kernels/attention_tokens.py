@@ -98,17 +98,81 @@ def label_topk(
     queries = q_labels.unsqueeze(2) if q_labels.dim() == 3 else q_labels
     check_heads(queries, k_labels)
     check_key_mask(key_mask, k_labels)
-    if count < 1 or queries.shape[2] != 1:
-        raise ConfigurationError(
-            f"count is {count} and q_labels {tuple(q_labels.shape)}; at least 1 key must be chosen, for "
-            f"(batch, heads, labels)"
-        )
-    if pooling not in ("sum", "max", None):
-        raise ConfigurationError(f"pooling is {pooling!r}; it must be 'sum', 'max' or None")
+    _check_choice(queries, count, pooling, 1)
     count = min(count, k_labels.shape[2])
     if torch.compiler.is_compiling():
         return operators.label_topk(queries, k_labels, count, key_mask, pooling)
     return passes.label_topk(queries, k_labels, count, key_mask, pooling)
+
+
+def label_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_labels: Tensor,
+    k_labels: Tensor,
+    count: int,
+    *,
+    newest: bool = False,
+    key_mask: Tensor | None = None,
+    pooling: Literal["sum", "max"] | None = "sum",
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`label_topk`, and :func:`gather_attention` over what it finds, in one pass.
+
+    A step of decoding with a long context takes a few milliseconds, in which Python is felt, and threads that wait for
+    each other; and what a thread has chosen, it reads while it still knows where.
+
+    Parameters
+    ----------
+    q, k, v, scale
+        As in :func:`gather_attention`, of a single query.
+    q_labels, k_labels, pooling
+        As in :func:`label_topk`; labels may be of each head, where keys are shared. With `newest`, the last key has
+        none.
+    count
+        How many keys to choose by labels, at least 1, or 0 with `newest`; at most all are.
+    newest
+        Whether the last key is read as well.
+    key_mask
+        As in :func:`label_topk`, for the keys that have labels.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, heads, 1, value size)``, without gradients.
+
+    Raises
+    ------
+    ConfigurationError
+        If shapes, dtypes or count do not fit.
+    """
+    check_heads(q, k, v)
+    queries = q_labels.unsqueeze(2) if q_labels.dim() == 3 else q_labels
+    check_heads(queries, k_labels)
+    check_key_mask(key_mask, k_labels)
+    _check_choice(queries, count, pooling, 0 if newest else 1)
+    heads, keys = q.shape[1], k.shape[2] - newest
+    if queries.shape[:2] != q.shape[:2] or k_labels.shape[2] != keys or k_labels.shape[1] not in (heads, k.shape[1]):
+        raise ConfigurationError(
+            f"q_labels is {tuple(q_labels.shape)} and k_labels {tuple(k_labels.shape)}; q {tuple(q.shape)} and "
+            f"k {tuple(k.shape)} take ({len(q)}, {heads}, labels) and "
+            f"({len(q)}, {k.shape[1]} or {heads}, {keys}, labels)"
+        )
+    labels, count, factor = (queries, k_labels), min(count, keys), scale_of(q, scale)
+    if torch.compiler.is_compiling():
+        return operators.label_attention(q, k, v, *labels, count, newest, key_mask, pooling, factor)
+    return passes.label_attention(q, k, v, labels, count, newest, key_mask, pooling, factor)
+
+
+def _check_choice(queries: Tensor, count: int, pooling: str | None, least: int) -> None:
+    if count < least or queries.shape[2] != 1:
+        raise ConfigurationError(
+            f"count is {count} and q_labels {tuple(queries.shape)}; at least {least} key must be chosen, for "
+            f"(batch, heads, labels) or (batch, heads, 1, labels)"
+        )
+    if pooling not in ("sum", "max", None):
+        raise ConfigurationError(f"pooling is {pooling!r}; it must be 'sum', 'max' or None")
 
 
 def page_scores(q: Tensor, page_minimum: Tensor, page_maximum: Tensor) -> Tensor:

@@ -44,17 +44,8 @@ def magnitude_histogram(x: Tensor, scale: Tensor | None, counts: Tensor) -> Tens
     if not x.numel():
         return counts
     x = x.detach()
-    if x.device.type == "cpu" and x.dtype in _DTYPES and available() and offers("magnitude_histogram"):
-        rows = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-        native().magnitude_histogram(
-            *rows.shape,
-            rows.data_ptr(),
-            VALUE_CODES[rows.dtype],
-            rows.stride(0),
-            0 if scale is None else scale.data_ptr(),
-            counts.data_ptr(),
-            torch.get_num_threads(),
-        )
+    if _usable(x):
+        _count(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(), scale, counts)
         torch.autograd.graph.increment_version(counts)
         return counts
     wide = x.float() if scale is None else x.float() * scale
@@ -88,12 +79,31 @@ def _check(x: Tensor, scale: Tensor | None, counts: Tensor) -> None:
         )
 
 
-def _count_natively(rows: Tensor, scale: Tensor | None, counts: Tensor) -> bool:
-    """Count for :class:`~gossamer.core.magnitude_histogram.MagnitudeHistogram`; False where no kernel can."""
-    usable = rows.device.type == "cpu" and rows.dtype in _DTYPES and available() and offers("magnitude_histogram")
-    if usable:
-        magnitude_histogram(rows, scale, counts)
-    return usable
+def _usable(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in _DTYPES and available() and offers("magnitude_histogram")
+
+
+def _count(x: Tensor, scale: Tensor | None, counts: Tensor) -> None:
+    """Count rows ``(…, n)`` that lie at equal distances, the numbers of a row side by side."""
+    columns = x.shape[-1]
+    native().magnitude_histogram(
+        *(x.numel() // columns, columns, x.data_ptr(), VALUE_CODES[x.dtype], x.stride(-2)),
+        *(0 if scale is None else scale.data_ptr(), counts.data_ptr(), torch.get_num_threads()),
+    )
+
+
+def _count_natively(x: Tensor, scale: Tensor | None, counts: Tensor) -> bool:
+    """Count ``(…, n)`` for :class:`~gossamer.core.magnitude_histogram.MagnitudeHistogram`; False where no kernel can.
+
+    It comes from there with every call of a layer, so that a check, or a tensor more to make, would be felt.
+    """
+    if not _usable(x):
+        return False
+    if x.numel():
+        _count(
+            x if x.is_contiguous() and x.ndim > 1 else x.detach().reshape(-1, x.shape[-1]).contiguous(), scale, counts
+        )
+    return True
 
 
 use_compiled(_count_natively)
