@@ -145,10 +145,10 @@ def _step(options: Options, heads: int, dtype: torch.dtype) -> Row:
     labels, count = size // _KEPT, tokens // _KEPT
     q = _draw(1, heads, 1, size, seed=0).to(dtype)
     k, v = (_draw(1, shared, tokens, size, seed=seed).to(dtype) for seed in (1, 2))
-    k_labels = k[..., :labels].contiguous()
+    k_labels, channels = k[..., :labels].contiguous(), torch.arange(labels).repeat(shared, 1)
     runs: dict[str, Callable[[], object]] = {
         "torch": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=heads != shared),
-        "ours": lambda: label_attention(q, k, v, q[..., :labels], k_labels, count),
+        "ours": lambda: label_attention(q, k, v, channels, k_labels, count),
     }
     seconds = interleave(runs, repeats=3 if options.quick else 15, warmup=2)
     case = (

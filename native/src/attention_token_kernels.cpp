@@ -30,7 +30,7 @@ constexpr int kTogether = 4, kSums = 16;  // rows for which a key is decoded onc
 constexpr int kTogether = 2, kSums = 4;
 #endif
 
-constexpr std::int64_t kSoon = 16;  // tokens ahead of which keys are asked for
+constexpr std::int64_t kSoon = 16;  // tokens ahead of which keys are asked for, no more than kTokens
 
 template <int Value>
 struct Count {
@@ -75,7 +75,7 @@ inline void score_together(const TokenTile& tile, std::int64_t row, std::int64_t
     keys[t] = vector_at<Stored>(tile.keys, tokens[t]);
     for (int r = 0; r < Rows; ++r) some[t][r] = zero();
     if (row != 0) continue;
-    if (first + t + kSoon < tile.last) ask_for<Stored>(tile.keys, tile.tokens[first + t + kSoon]);
+    if (first + t + kSoon < tile.end) ask_for<Stored>(tile.keys, tile.tokens[first + t + kSoon]);
     ask_for<Stored>(tile.values, tokens[t]);
   }
   std::int64_t i = 0;

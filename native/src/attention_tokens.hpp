@@ -42,6 +42,7 @@ struct TokenTile {
   Vectors keys, values;
   TokenList tokens;
   std::int64_t first, last;
+  std::int64_t end;  // of the list, whose tokens behind `last` are read next and so are asked for
   float* outputs;  // rows × strips · 16 of the values
   float* most;     // of each row: the highest score, and the sum of 2^(score − most)
   float* total;

@@ -106,7 +106,8 @@ class Gathering {
   bool read(std::int64_t list, std::int64_t piece, const Scratch& scratch) const {
     const std::int64_t b = list / lists_.lists, key_head = list % lists_.lists * key_heads_ / lists_.lists;
     const std::int64_t first = piece * kList, last = std::min(first + kList, lists_.count(list));
-    if (!lists_.tokens(list).inside(first, std::min(first + kList, lists_.length), k_.length)) return false;
+    const std::int64_t asked_for = std::min(first + kList + kTokens, lists_.length);  // at most so far, when they are read
+    if (!lists_.tokens(list).inside(first, asked_for, k_.length)) return false;
     if (first >= last) return true;
     for (std::int64_t row = 0; row < rows_; row += kTileRows) {
       const std::int64_t count = std::min<std::int64_t>(kTileRows, rows_ - row);
@@ -118,7 +119,7 @@ class Gathering {
         attention_kernels().rows(q_.vectors(b, head), query, query + 1, lists_.scale * kPerLog2, to);
       }
       token_kernels().gather({scratch.queries.get(), count, k_.vectors(b, key_head), v_.vectors(b, key_head),
-                              lists_.tokens(list), first, last, parts_.sums.get() + at * parts_.strips * 16,
+                              lists_.tokens(list), first, last, lists_.count(list), parts_.sums.get() + at * parts_.strips * 16,
                               parts_.most.get() + at, parts_.total.get() + at, scratch.scores.get()});
     }
     return true;
@@ -161,6 +162,28 @@ struct Labels {
   Heads q, k;
   int pooling;                   // 0 sum, 1 highest, 2 none
   const std::uint8_t* key_mask;  // (batch, keys), or null
+  const std::int64_t* channels = nullptr;  // (key heads, labels): which channels of q are its labels, if not all
+
+  bool channels_exist() const {
+    const std::int64_t *end = channels + key_heads * k.size, size = q.size;
+    return std::all_of(channels, end, [size](std::int64_t one) { return 0 <= one && one < size; });
+  }
+
+  // Adds the labels of a query, rounded as those of keys are.
+  void add_query(std::int64_t b, std::int64_t head, float* query) const {
+    std::vector<float> all(static_cast<std::size_t>(q.size + 16), 0.0f);
+    attention_kernels().rows(q.vectors(b, head), 0, 1, 1.0f, all.data());
+    const std::int64_t* picked = channels ? channels + head * key_heads / heads * k.size : nullptr;
+    for (std::int64_t i = 0; i < k.size; ++i) {
+      float one = all[static_cast<std::size_t>(picked ? picked[i] : i)];
+      if (k.value == Value::bfloat16 && q.value == Value::float32) {
+        std::uint16_t narrow;
+        kernels().narrow_bfloat16(&one, &narrow, 1);
+        kernels().widen_bfloat16(&narrow, &one, 1);
+      }
+      query[i] += one;
+    }
+  }
 
   std::int64_t lists() const { return pooling == 2 ? heads : key_heads; }  // of one batch
 
@@ -169,17 +192,15 @@ struct Labels {
     const std::int64_t b = list / lists(), per_list = heads / lists(), head = list % lists() * per_list;
     const Vectors labels = k.vectors(b, head * key_heads / heads);
     const float lowest = -std::numeric_limits<float>::infinity();
-    std::vector<float> query(static_cast<std::size_t>(q.size), 0.0f), one(query);
+    std::vector<float> query(static_cast<std::size_t>(k.size), 0.0f);
     std::vector<float> some(pooling == 1 ? static_cast<std::size_t>(last - first) : 0);
     for (std::int64_t i = 0; i < per_list; ++i) {
-      attention_kernels().rows(q.vectors(b, head + i), 0, 1, 1.0f, one.data());
-      if (pooling == 1) {
-        token_kernels().score(labels, one.data(), first, last, i ? some.data() : scores);
-        for (std::size_t t = 0; i && t < some.size(); ++t)
-          if (!(some[t] <= scores[t])) scores[t] = std::isnan(scores[t]) ? scores[t] : some[t];
-      } else {
-        for (std::size_t c = 0; c < query.size(); ++c) query[c] += one[c];
-      }
+      add_query(b, head + i, query.data());
+      if (pooling != 1) continue;
+      token_kernels().score(labels, query.data(), first, last, i ? some.data() : scores);
+      std::fill(query.begin(), query.end(), 0.0f);
+      for (std::size_t t = 0; i && t < some.size(); ++t)
+        if (!(some[t] <= scores[t])) scores[t] = std::isnan(scores[t]) ? scores[t] : some[t];
     }
     if (pooling != 1) token_kernels().score(labels, query.data(), first, last, scores);
     if (key_mask)
@@ -265,20 +286,24 @@ void bind_attention_tokens(nb::module_& m) {
     return gather({chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], reinterpret_cast<float*>(lse)},
                   chosen.threads);
   });
+  // False if there is no such channel.
   m.def("attention_by_labels", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
-                                  const nb::tuple& k, const nb::tuple& v, const nb::tuple& q_labels,
+                                  const nb::tuple& k, const nb::tuple& v, Address channels,
                                   const nb::tuple& k_labels, std::int64_t label_heads, int pooling,
                                   Address key_mask, std::int64_t count, bool newest, float scale, int threads, const nb::tuple& outputs) {
     const Heads all[] = {Heads::from(q), Heads::from(k), Heads::from(v), Heads::from(outputs)};
-    const Labels labels{batch, heads, label_heads, Heads::from(q_labels), Heads::from(k_labels), pooling,
-                        reinterpret_cast<const std::uint8_t*>(key_mask)};
+    const Labels labels{batch, heads, label_heads, all[0], Heads::from(k_labels), pooling,
+                        reinterpret_cast<const std::uint8_t*>(key_mask),
+                        reinterpret_cast<const std::int64_t*>(channels)};
     const nb::gil_scoped_release unlocked;
+    if (!labels.channels_exist()) return false;
     const std::int64_t step = count + (newest ? 1 : 0);
     std::vector<std::int64_t> places(static_cast<std::size_t>(batch * labels.lists() * step));
     const Lists chosen{labels.lists(), step, reinterpret_cast<Address>(places.data()), true, nullptr,
                        std::max(threads, 1), scale};
     const Gathering work(chosen, batch, heads, key_heads, all[0], all[1], all[2], all[3], nullptr);
     label_attention(labels, count, newest, work, places.data(), step, chosen.threads);
+    return true;
   });
   m.def("attention_label_topk", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
                                    const nb::tuple& k,

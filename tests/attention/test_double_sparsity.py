@@ -30,6 +30,7 @@ from gossamer.attention.simulated_decoding import (
     visible_keys,
 )
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, UnknownNameError
+from gossamer.kernels.attention import gather_attention
 from gossamer.methods import method
 from gossamer.models.attention_sites import AttentionCall, AttentionSite
 
@@ -161,6 +162,24 @@ def test_a_step_attends_exactly_to_what_its_labels_rank_highest(scope, share_tok
     answer = rules.attend(call)
     assert answer.density == pytest.approx(6 / 40)
     torch.testing.assert_close(answer.output.double(), by_hand(call, kept), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("scope", "share_tokens"), [("group", False), ("group", True), ("head", False)])
+@pytest.mark.parametrize("tokens", [1, 7, 0.5])
+@pytest.mark.parametrize("label_bits", [32, 16, 8])
+def test_a_step_in_one_pass_reads_what_the_selection_lists(scope, share_tokens, tokens, label_bits):
+    method = DoubleSparsity(
+        tokens=tokens, channels=5, label_bits=label_bits, scope=scope, share_tokens=share_tokens, dense_layers=()
+    )
+    heads = HEADS if scope == "head" else SHARED
+    generator = torch.Generator().manual_seed(5)
+    method.order_ = ChannelOrder({3: torch.stack([torch.randperm(SIZE, generator=generator) for _ in range(heads)])})
+    call = random_call(1, 33)
+    selection = method.decode(call)
+    wanted = gather_attention(call.query, call.key, call.value, selection.indices, scale=call.scale)
+    answer = method.attend(call)
+    assert torch.equal(answer.output, wanted)
+    assert answer.density == selection.density(33)
 
 
 def test_padding_is_never_chosen_and_the_newest_token_always_is():

@@ -114,7 +114,8 @@ def test_operators_of_statistics_and_tokens_agree_with_their_fake_versions():
     indices = torch.arange(20).expand(1, 2, 20).contiguous()
     torch.library.opcheck(attention_operators.gather_attention, (q, k, k.clone(), indices, None, 0.3))
     torch.library.opcheck(attention_operators.label_topk, (q[:, :, :1], k, 7, real, "sum"))
-    given = (q[:, :, :1], k, k.clone(), q[:, :, :1, :4], k[:, :, :-1, :4].contiguous(), 7, True, None, "sum", 0.3)
+    channels = torch.arange(4).repeat(k.shape[1], 1)
+    given = (q[:, :, :1], k, k.clone(), channels, k[:, :, :-1, :4].contiguous(), 7, True, None, "sum", 0.3)
     torch.library.opcheck(attention_operators.label_attention, given)
 
 

@@ -144,10 +144,12 @@ def test_choosing_and_reading_in_one_pass_is_both_after_each_other(
 ):
     q, k = draw(batch, heads, 1, size, dtype=dtype), draw(batch, shared, keys, size, seed=1, dtype=dtype)
     v = draw(batch, shared, keys, value_size, seed=2, dtype=dtype)
-    q_labels = draw(batch, heads, labels, seed=3)
+    channels = torch.rand(label_heads, size, generator=torch.Generator().manual_seed(3)).argsort(-1)[:, :labels]
+    by_head = channels.repeat_interleave(heads // label_heads, 0)[None, :, None].expand(batch, -1, -1, -1)
     real = torch.rand(batch, keys, generator=torch.Generator().manual_seed(0)) < 0.7
     for newest in (False, True):
-        k_labels = draw(batch, label_heads, keys - newest, labels, seed=4).bfloat16().float()
+        k_labels = draw(batch, label_heads, keys - newest, labels, seed=4).bfloat16()
+        q_labels = q.gather(-1, by_head)[:, :, 0].bfloat16()
         for mask in (None, real[:, : keys - newest].contiguous()):
             for pooling in ("sum", "max", None):
                 about = {"key_mask": mask, "pooling": pooling}
@@ -155,27 +157,37 @@ def test_choosing_and_reading_in_one_pass_is_both_after_each_other(
                 if newest:
                     chosen = torch.cat([chosen, torch.full((*chosen.shape[:2], 1), keys - 1)], -1)
                 wanted = gather_attention(q, k, v, chosen, scale=0.3)
-                found = label_attention(q, k, v, q_labels, k_labels, count, newest=newest, scale=0.3, **about)
+                found = label_attention(q, k, v, channels, k_labels, count, newest=newest, scale=0.3, **about)
                 assert torch.equal(found, wanted)
 
 
 def test_the_newest_token_alone(way):
     q, k, v = draw(1, 2, 1, 16), draw(1, 1, 9, 16, seed=1), draw(1, 1, 9, 16, seed=2)
-    found = label_attention(q, k, v, q[:, :, 0, :4], k[:, :, :8, :4], 0, newest=True)
+    found = label_attention(q, k, v, torch.arange(4)[None], k[:, :, :8, :4], 0, newest=True)
     torch.testing.assert_close(found, v[:, :, 8:].expand(1, 2, 1, 16))
+
+
+@pytest.mark.parametrize("channel", [-1, 16])
+def test_a_channel_that_does_not_exist_is_refused(way, channel):
+    q, k = draw(1, 2, 1, 16), draw(1, 2, 9, 16, seed=1)
+    channels = torch.tensor([[0, 3], [channel, 2]])
+    with pytest.raises(ConfigurationError, match="a head has channels 0 … 15"):
+        label_attention(q, k, k, channels, k[..., :2], 3)
 
 
 def test_labels_that_do_not_fit_are_refused():
     q, k = draw(1, 4, 1, 16), draw(1, 2, 9, 16, seed=1)
-    labels = k[..., :4]
+    labels, channels = k[..., :4], torch.arange(4).repeat(2, 1)
     with pytest.raises(ConfigurationError, match="k_labels"):
-        label_attention(q, k, k, q[..., :4], labels, 3, newest=True)  # the newest has none
+        label_attention(q, k, k, channels, labels, 3, newest=True)  # the newest has none
+    with pytest.raises(ConfigurationError, match="channels is"):
+        label_attention(q, k, k, channels.int(), labels, 3)
     with pytest.raises(ConfigurationError, match="at least 1 key"):
-        label_attention(q, k, k, q[..., :4], labels, 0)
+        label_attention(q, k, k, channels, labels, 0)
     with pytest.raises(ConfigurationError, match="key_mask"):
-        label_attention(q, k, k, q[..., :4], labels, 3, key_mask=torch.ones(1, 8, dtype=torch.bool))
+        label_attention(q, k, k, channels, labels, 3, key_mask=torch.ones(1, 8, dtype=torch.bool))
     with pytest.raises(ConfigurationError, match="pooling"):
-        label_attention(q, k, k, q[..., :4], labels, 3, pooling="mean")
+        label_attention(q, k, k, channels, labels, 3, pooling="mean")
 
 
 def test_choice_and_attention_do_not_depend_on_threads(way):
@@ -185,7 +197,7 @@ def test_choice_and_attention_do_not_depend_on_threads(way):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             chosen = label_topk(q[:, :, 0, :4], k[..., :4], 1500)
-            together = label_attention(q, k, k, q[:, :, 0, :4], k[..., :4], 1500)
+            together = label_attention(q, k, k, torch.arange(4).repeat(2, 1), k[..., :4], 1500)
             found.append((chosen, gather_attention(q, k, k, chosen), together))
     finally:
         torch.set_num_threads(before)

@@ -112,8 +112,9 @@ def test_tokens_are_those_of_the_model_with_hooks(isa, gates):
     with using(isa):
         program = DecodeProgram.of(model, 64, thresholds=thresholds)
         assert generate(program, text(7).tolist(), 40).tokens == expected
-        one, two = (read(program, text(30), 9, threads=threads) for threads in (1, 2))
-        assert torch.equal(one, two)
+        for at_once in (1, 9):
+            one, *others = (read(program, text(30), at_once, threads=threads) for threads in (1, 2, 3, 7))
+            assert all(torch.equal(one, other) for other in others)
 
 
 def test_a_prompt_may_be_read_densely():

@@ -135,8 +135,7 @@ class DoubleSparsity(SparseAttention):
         order, labels = self._labels(call)
         pooling = self._pooling(call, labels)
         output = label_attention(
-            *(call.query, call.key, call.value, _query_labels(call, order, labels.dtype)),
-            *(labels[:, :, : call.key.shape[2] - 1], count - 1),
+            *(call.query, call.key, call.value, order, labels[:, :, : call.key.shape[2] - 1], count - 1),
             newest=True,
             pooling=pooling,
             scale=call.scale,
@@ -167,7 +166,8 @@ class DoubleSparsity(SparseAttention):
             Tokens to read, the newest included; fewer than there are.
         """
         keys = call.key.shape[2]
-        query = _query_labels(call, order, labels.dtype)
+        by_head = order.repeat_interleave(call.query.shape[1] // len(order), 0)
+        query = channels_of(call.query, by_head)[:, :, 0].to(labels.dtype)
         real = None if call.key_mask is None else call.key_mask[:, : keys - 1].contiguous()
         newest = torch.full((), keys - 1, device=call.query.device)
         if count == 1:
@@ -234,12 +234,6 @@ class DoubleSparsity(SparseAttention):
         layers = range(config.num_hidden_layers)
         orders = [None if n in self.dense_layers else self.order(n, heads, size, device) for n in layers]
         return LabelCache(orders, self.label_bits)
-
-
-def _query_labels(call: AttentionCall, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """The channels of a query that its head's labels are of, ``(batch, heads, r)``."""
-    by_head = order.repeat_interleave(call.query.shape[1] // len(order), 0)
-    return channels_of(call.query, by_head)[:, :, 0].to(dtype)
 
 
 class LabelInstalled(CacheInstalled):

@@ -150,3 +150,17 @@ def check_places(indices: Tensor, k: Tensor) -> None:
         low, high = (int(x) for x in torch.aminmax(indices))
         if low < 0 or high >= k.shape[2]:
             raise ConfigurationError(f"indices go from {low} to {high}; there are keys 0 … {k.shape[2] - 1}")
+
+
+def check_channels(channels: Tensor, q: Tensor) -> None:
+    """Check that all of some channels exist.
+
+    Raises
+    ------
+    ConfigurationError
+        If one lies outside the head size.
+    """
+    if channels.numel():
+        low, high = (int(x) for x in torch.aminmax(channels))
+        if low < 0 or high >= q.shape[3]:
+            raise ConfigurationError(f"channels go from {low} to {high}; a head has channels 0 … {q.shape[3] - 1}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.kernels.attention_inputs import check_places
+from gossamer.kernels.attention_inputs import check_channels, check_places
 from gossamer.kernels.attention_reference import Visibility
 from gossamer.kernels.native import VALUE_CODES, native, offers
 
@@ -125,30 +125,32 @@ def label_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    labels: tuple[Tensor, Tensor],
+    channels: Tensor,
+    k_labels: Tensor,
     count: int,
     newest: bool,
     key_mask: Tensor | None,
     pooling: str | None,
     scale: float,
 ) -> Tensor:
-    """:func:`gossamer.kernels.attention_passes.label_attention`, a thread choosing and reading head after head."""
+    """:func:`gossamer.kernels.attention_passes.label_attention`, a thread choosing and reading head after head.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such channel.
+    """
     outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    q, k, v, q_labels, k_labels = (adjacent(x) for x in (q, k, v, *labels))
+    (q, of_q), (k, of_k), (v, of_v), (k_labels, of_labels) = map(_laid_out, (q, k, v, k_labels))
+    channels = channels if channels.is_contiguous() else channels.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
-    native().attention_by_labels(
-        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _heads(v), _heads(q_labels), _heads(k_labels)),
-        *(
-            k_labels.shape[1],
-            _POOLINGS[pooling],
-            0 if mask is None else mask.data_ptr(),
-            count,
-            newest,
-            scale,
-            torch.get_num_threads(),
-        ),
-        _heads(outputs),
+    exist = native().attention_by_labels(
+        *(q.shape[0], q.shape[1], k.shape[1], of_q, of_k, of_v, channels.data_ptr(), of_labels),
+        *(k_labels.shape[1], _POOLINGS[pooling], 0 if mask is None else mask.data_ptr(), count, newest, scale),
+        *(torch.get_num_threads(), _heads(outputs)),
     )
+    if not exist:
+        check_channels(channels, q)
     return outputs
 
 
@@ -159,6 +161,15 @@ def adjacent(x: Tensor) -> Tensor:
 
 def _heads(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride()[:3], *x.shape[2:], VALUE_CODES[x.dtype])
+
+
+def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """:func:`adjacent` and how it lies, asked for once: after another kernel every question takes microseconds."""
+    batch, head, vector, channel = x.stride()
+    if channel != 1:
+        x = adjacent(x)
+        return x, _heads(x)
+    return x, (x.data_ptr(), batch, head, vector, *x.shape[2:], VALUE_CODES[x.dtype])
 
 
 def _problem(q: Tensor, k: Tensor, visible: Visibility, scale: float) -> tuple[tuple[float, ...], list[Tensor]]:

@@ -146,7 +146,7 @@ def label_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_labels: Tensor,
+    channels: Tensor,
     k_labels: Tensor,
     count: int,
     newest: bool,
@@ -155,7 +155,7 @@ def label_attention(
     scale: float,
 ) -> Tensor:
     """:func:`gossamer.kernels.attention_passes.label_attention`."""
-    return passes.label_attention(q, k, v, (q_labels, k_labels), count, newest, key_mask, pooling, scale)
+    return passes.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, scale)
 
 
 @label_attention.register_fake

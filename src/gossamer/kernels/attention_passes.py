@@ -8,7 +8,7 @@ from torch import Tensor
 from gossamer.kernels import attention_native as compiled
 from gossamer.kernels import attention_reference as reference
 from gossamer.kernels import attention_triton as graphics
-from gossamer.kernels.attention_inputs import check_places
+from gossamer.kernels.attention_inputs import check_channels, check_places
 from gossamer.kernels.attention_reference import Visibility
 
 
@@ -80,20 +80,30 @@ def label_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    labels: tuple[Tensor, Tensor],
+    channels: Tensor,
+    k_labels: Tensor,
     count: int,
     newest: bool,
     key_mask: Tensor | None,
     pooling: str | None,
     scale: float,
 ) -> Tensor:
-    """Outputs over the keys whose labels agree best with the queries', and over the newest, without gradients."""
-    if count and compiled.suits("attention_by_labels", q, k, v, *labels):
-        return compiled.label_attention(q, k, v, labels, count, newest, key_mask, pooling, scale)
+    """Outputs over the keys whose labels agree best with the queries', and over the newest, without gradients.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such channel.
+    """
+    if count and compiled.suits("attention_by_labels", q, k, v, k_labels):
+        return compiled.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, scale)
+    check_channels(channels, q)
     if count:
-        chosen = label_topk(labels[0], labels[1], count, key_mask, pooling)
+        by_head = channels.repeat_interleave(q.shape[1] // len(channels), 0)
+        labels = q.gather(-1, by_head[None, :, None].expand(len(q), -1, -1, -1)).to(k_labels.dtype)
+        chosen = label_topk(labels, k_labels, count, key_mask, pooling)
     else:
-        chosen = torch.empty(len(q), labels[1].shape[1], 0, dtype=torch.int64, device=q.device)
+        chosen = torch.empty(len(q), k_labels.shape[1], 0, dtype=torch.int64, device=q.device)
     if newest:
         chosen = torch.cat([chosen, chosen.new_full((*chosen.shape[:2], 1), k.shape[2] - 1)], -1)
     return gather(q, k, v, chosen, None, scale, with_lse=False)[0]

@@ -109,7 +109,7 @@ def label_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_labels: Tensor,
+    channels: Tensor,
     k_labels: Tensor,
     count: int,
     *,
@@ -120,21 +120,23 @@ def label_attention(
 ) -> Tensor:
     """:func:`label_topk`, and :func:`gather_attention` over what it finds, in one pass.
 
-    A step of decoding with a long context takes a few milliseconds, in which Python is felt, and threads that wait for
-    each other; and what a thread has chosen, it reads while it still knows where.
+    A step of decoding with a long context takes a millisecond or two, in which every call of Python is felt, and
+    threads that wait for each other; and what a thread has chosen, it reads while it still knows where.
 
     Parameters
     ----------
     q, k, v, scale
         As in :func:`gather_attention`, of a single query.
-    q_labels, k_labels, pooling
-        As in :func:`label_topk`; labels may be of each head, where keys are shared. With `newest`, the last key has
-        none.
+    channels
+        ``(key heads or heads, labels)`` int64: the channels of a query that are its labels, rounded to the dtype of
+        those of keys.
+    k_labels
+        ``(batch, as many heads as channels has, keys, labels)``. With `newest`, the last key has none.
     count
         How many keys to choose by labels, at least 1, or 0 with `newest`; at most all are.
     newest
         Whether the last key is read as well.
-    key_mask
+    key_mask, pooling
         As in :func:`label_topk`, for the keys that have labels.
 
     Returns
@@ -145,24 +147,24 @@ def label_attention(
     Raises
     ------
     ConfigurationError
-        If shapes, dtypes or count do not fit.
+        If shapes, dtypes or count do not fit, or a channel lies outside the head.
     """
     check_heads(q, k, v)
-    queries = q_labels.unsqueeze(2) if q_labels.dim() == 3 else q_labels
-    check_heads(queries, k_labels)
     check_key_mask(key_mask, k_labels)
-    _check_choice(queries, count, pooling, 0 if newest else 1)
+    _check_choice(q, count, pooling, 0 if newest else 1)
     heads, keys = q.shape[1], k.shape[2] - newest
-    if queries.shape[:2] != q.shape[:2] or k_labels.shape[2] != keys or k_labels.shape[1] not in (heads, k.shape[1]):
+    wanted = (q.shape[0], channels.shape[0], keys, channels.shape[-1])
+    fits = channels.ndim == 2 and channels.dtype == torch.int64 and channels.device == q.device
+    if not fits or len(channels) not in (heads, k.shape[1]) or k_labels.shape != wanted:
         raise ConfigurationError(
-            f"q_labels is {tuple(q_labels.shape)} and k_labels {tuple(k_labels.shape)}; q {tuple(q.shape)} and "
-            f"k {tuple(k.shape)} take ({len(q)}, {heads}, labels) and "
-            f"({len(q)}, {k.shape[1]} or {heads}, {keys}, labels)"
+            f"channels is {tuple(channels.shape)} {channels.dtype} and k_labels {tuple(k_labels.shape)}; "
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} take ({k.shape[1]} or {heads}, labels) int64 and "
+            f"({len(q)}, as many, {keys}, labels)"
         )
-    labels, count, factor = (queries, k_labels), min(count, keys), scale_of(q, scale)
+    count, factor = min(count, keys), scale_of(q, scale)
     if torch.compiler.is_compiling():
-        return operators.label_attention(q, k, v, *labels, count, newest, key_mask, pooling, factor)
-    return passes.label_attention(q, k, v, labels, count, newest, key_mask, pooling, factor)
+        return operators.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, factor)
+    return passes.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, factor)
 
 
 def _check_choice(queries: Tensor, count: int, pooling: str | None, least: int) -> None:
