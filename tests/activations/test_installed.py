@@ -284,7 +284,7 @@ import copy, torch
 from torch import nn
 from gossamer.activations import installed
 from gossamer.activations.positions import DenseTokens
-from gossamer.core.channel_rules import ChannelRule, Everything, GroupTopK, Threshold, TopK
+from gossamer.core.channel_rules import ChannelRule, Threshold
 
 installed._product = lambda device: installed.channels_triton.input_sparse  # the interpreter's tensors are on the CPU
 torch.manual_seed(0)

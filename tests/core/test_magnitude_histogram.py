@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.core.magnitude_histogram import MagnitudeHistogram
-from gossamer.errors import CalibrationError, NonFiniteError, SparsityError
+from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError, SparsityError
 
 
 def filled(values, scale=None, parts=1):
@@ -28,6 +28,30 @@ def test_the_order_and_size_of_batches_change_nothing():
     one, other = filled(x), filled(x.flip(0), parts=7)
     assert torch.equal(one.counts, other.counts)
     assert one.total == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_may_lie_anywhere_in_memory(dtype):
+    import gossamer.kernels  # noqa: F401 — whose kernel counts, where there is one
+
+    memory = torch.randn(4, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = {
+        "last tokens": memory[:, -1:],
+        "a step of a batch": memory[:1].transpose(0, 1),  # whose stride of a dimension of size 1 says nothing
+        "every other": memory[::2, :, ::2],
+        "one vector": memory[0, 0],
+    }
+    for name, view in views.items():
+        found, wanted = MagnitudeHistogram(name), MagnitudeHistogram(name)
+        found.update(view)
+        wanted.update(view.clone(memory_format=torch.contiguous_format).reshape(-1, view.shape[-1]))
+        assert torch.equal(found.counts, wanted.counts), name
+        assert found.total == view.numel()
+
+
+def test_a_scale_of_other_channels_is_refused():
+    with pytest.raises(ConfigurationError, match="up: inputs of 5 channels, but a scale of 4"):
+        MagnitudeHistogram("up", torch.ones(4)).update(torch.ones(2, 5))
 
 
 def test_a_scale_is_that_of_the_scores():

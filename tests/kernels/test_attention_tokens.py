@@ -184,6 +184,8 @@ def test_labels_that_do_not_fit_are_refused():
         label_attention(q, k, k, channels.int(), labels, 3)
     with pytest.raises(ConfigurationError, match="at least 1 key"):
         label_attention(q, k, k, channels, labels, 0)
+    with pytest.raises(ConfigurationError, match="must be floating-point"):
+        label_attention(q, k, k, channels, labels.int(), 3)
     with pytest.raises(ConfigurationError, match="key_mask"):
         label_attention(q, k, k, channels, labels, 3, key_mask=torch.ones(1, 8, dtype=torch.bool))
     with pytest.raises(ConfigurationError, match="pooling"):

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+
+
+class LabelChoice(NamedTuple):
+    """Which keys are chosen by labels: what :func:`gossamer.kernels.attention.label_attention` says of it."""
+
+    channels: Tensor
+    k_labels: Tensor
+    wanted: int  # keys
+    newest: bool
+    key_mask: Tensor | None
+    pooling: str | None
+
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

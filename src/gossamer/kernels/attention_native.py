@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.kernels.attention_inputs import check_channels, check_places
+from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places
 from gossamer.kernels.attention_reference import Visibility
 from gossamer.kernels.native import VALUE_CODES, native, offers
 
@@ -121,18 +121,7 @@ def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, poolin
     return found
 
 
-def label_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    channels: Tensor,
-    k_labels: Tensor,
-    count: int,
-    newest: bool,
-    key_mask: Tensor | None,
-    pooling: str | None,
-    scale: float,
-) -> Tensor:
+def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale: float) -> Tensor:
     """:func:`gossamer.kernels.attention_passes.label_attention`, a thread choosing and reading head after head.
 
     Raises
@@ -141,9 +130,10 @@ def label_attention(
         If there is no such channel.
     """
     outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    channels, k_labels, count, newest, mask, pooling = choice
     (q, of_q), (k, of_k), (v, of_v), (k_labels, of_labels) = map(_laid_out, (q, k, v, k_labels))
     channels = channels if channels.is_contiguous() else channels.contiguous()
-    mask = None if key_mask is None else key_mask.contiguous()
+    mask = None if mask is None else mask.contiguous()
     exist = native().attention_by_labels(
         *(q.shape[0], q.shape[1], k.shape[1], of_q, of_k, of_v, channels.data_ptr(), of_labels),
         *(k_labels.shape[1], _POOLINGS[pooling], 0 if mask is None else mask.data_ptr(), count, newest, scale),

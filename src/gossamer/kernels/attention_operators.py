@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels import attention_passes as passes
-from gossamer.kernels.attention_inputs import check_indices
+from gossamer.kernels.attention_inputs import LabelChoice, check_indices
 from gossamer.kernels.attention_reference import Visibility, wide
 
 
@@ -155,7 +155,8 @@ def label_attention(
     scale: float,
 ) -> Tensor:
     """:func:`gossamer.kernels.attention_passes.label_attention`."""
-    return passes.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, scale)
+    choice = LabelChoice(channels, k_labels, count, newest, key_mask, pooling)
+    return passes.label_attention(q, k, v, choice, scale)
 
 
 @label_attention.register_fake

@@ -8,7 +8,7 @@ from torch import Tensor
 from gossamer.kernels import attention_native as compiled
 from gossamer.kernels import attention_reference as reference
 from gossamer.kernels import attention_triton as graphics
-from gossamer.kernels.attention_inputs import check_channels, check_places
+from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places
 from gossamer.kernels.attention_reference import Visibility
 
 
@@ -76,18 +76,7 @@ def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, poolin
         return reference.label_topk(q, k, count, key_mask, pooling)
 
 
-def label_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    channels: Tensor,
-    k_labels: Tensor,
-    count: int,
-    newest: bool,
-    key_mask: Tensor | None,
-    pooling: str | None,
-    scale: float,
-) -> Tensor:
+def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale: float) -> Tensor:
     """Outputs over the keys whose labels agree best with the queries', and over the newest, without gradients.
 
     Raises
@@ -95,8 +84,9 @@ def label_attention(
     ConfigurationError
         If there is no such channel.
     """
+    channels, k_labels, count, newest, key_mask, pooling = choice
     if count and compiled.suits("attention_by_labels", q, k, v, k_labels):
-        return compiled.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, scale)
+        return compiled.label_attention(q, k, v, choice, scale)
     check_channels(channels, q)
     if count:
         by_head = channels.repeat_interleave(q.shape[1] // len(channels), 0)

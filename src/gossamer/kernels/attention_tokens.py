@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.kernels import attention_operators as operators
 from gossamer.kernels import attention_passes as passes
-from gossamer.kernels.attention_inputs import check_heads, check_indices, check_key_mask, scale_of
+from gossamer.kernels.attention_inputs import LabelChoice, check_heads, check_indices, check_key_mask, scale_of
 from gossamer.kernels.attention_reference import grouped_product, wide
 
 
@@ -161,17 +161,21 @@ def label_attention(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} take ({k.shape[1]} or {heads}, labels) int64 and "
             f"({len(q)}, as many, {keys}, labels)"
         )
-    count, factor = min(count, keys), scale_of(q, scale)
+    if not k_labels.is_floating_point() or k_labels.device != q.device:
+        raise ConfigurationError(
+            f"k_labels is {k_labels.dtype} on {k_labels.device}; it must be floating-point on {q.device}"
+        )
+    choice, factor = LabelChoice(channels, k_labels, min(count, keys), newest, key_mask, pooling), scale_of(q, scale)
     if torch.compiler.is_compiling():
-        return operators.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, factor)
-    return passes.label_attention(q, k, v, channels, k_labels, count, newest, key_mask, pooling, factor)
+        return operators.label_attention(q, k, v, *choice, factor)
+    return passes.label_attention(q, k, v, choice, factor)
 
 
 def _check_choice(queries: Tensor, count: int, pooling: str | None, least: int) -> None:
     if count < least or queries.shape[2] != 1:
         raise ConfigurationError(
-            f"count is {count} and q_labels {tuple(queries.shape)}; at least {least} key must be chosen, for "
-            f"(batch, heads, labels) or (batch, heads, 1, labels)"
+            f"count is {count} for queries {tuple(queries.shape)}; choose at least {least} key, for one query of "
+            f"each head"
         )
     if pooling not in ("sum", "max", None):
         raise ConfigurationError(f"pooling is {pooling!r}; it must be 'sum', 'max' or None")

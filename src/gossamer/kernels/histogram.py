@@ -45,7 +45,8 @@ def magnitude_histogram(x: Tensor, scale: Tensor | None, counts: Tensor) -> Tens
         return counts
     x = x.detach()
     if _usable(x):
-        _count(x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(), scale, counts)
+        rows = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+        _count(rows, rows.stride(0), scale, counts)
         torch.autograd.graph.increment_version(counts)
         return counts
     wide = x.float() if scale is None else x.float() * scale
@@ -83,11 +84,11 @@ def _usable(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _DTYPES and available() and offers("magnitude_histogram")
 
 
-def _count(x: Tensor, scale: Tensor | None, counts: Tensor) -> None:
-    """Count rows ``(…, n)`` that lie at equal distances, the numbers of a row side by side."""
+def _count(x: Tensor, stride: int, scale: Tensor | None, counts: Tensor) -> None:
+    """Count rows ``(…, n)`` that lie `stride` numbers apart, the numbers of a row side by side."""
     columns = x.shape[-1]
     native().magnitude_histogram(
-        *(x.numel() // columns, columns, x.data_ptr(), VALUE_CODES[x.dtype], x.stride(-2)),
+        *(x.numel() // columns, columns, x.data_ptr(), VALUE_CODES[x.dtype], stride),
         *(0 if scale is None else scale.data_ptr(), counts.data_ptr(), torch.get_num_threads()),
     )
 
@@ -100,9 +101,8 @@ def _count_natively(x: Tensor, scale: Tensor | None, counts: Tensor) -> bool:
     if not _usable(x):
         return False
     if x.numel():
-        _count(
-            x if x.is_contiguous() and x.ndim > 1 else x.detach().reshape(-1, x.shape[-1]).contiguous(), scale, counts
-        )
+        # not the stride that the tensor says: of a dimension of size 1 that may be any
+        _count(x if x.is_contiguous() else x.detach().contiguous(), x.shape[-1], scale, counts)
     return True
 
 
