@@ -133,6 +133,8 @@ void prepare(const Problem& problem, const Prepared& found, int threads) {
   if (rounded)
     std::fill(rounded + problem.features * problem.padded(),
               rounded + problem.blocks() * kMarginRows * problem.padded(), std::uint16_t{0});
+  else
+    std::fill_n(found.errors, problem.blocks(), 0.0f);  // margins are sums over both, and 0 · NaN is NaN
   share_out((problem.blocks() + 7) / 8, threads, [&](std::int64_t item) {
     const std::int64_t first = item * 8 * kMarginRows, last = std::min(problem.features, first + 8 * kMarginRows);
     if (rounded)

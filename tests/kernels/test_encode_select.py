@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.kernels import encode_select, native
-from gossamer.kernels.encode_select import encode_topk, highest_of_rows
+from gossamer.kernels.encode_select import PreparedEncoder, encode_topk, highest_of_rows
 
 
 @pytest.fixture(params=["reference", *native.instruction_sets()])
@@ -102,6 +102,18 @@ def test_encoding_finds_the_highest_affinities(path, tokens, size, features, k, 
     encoder = draw(features, size, seed=2) * torch.linspace(0, 3, features)[:, None]
     compare(encode_topk(x, encoder, bias, k, rounded), x, encoder, bias, k)
     compare(encode_topk(x, encoder, None, k, rounded), x, encoder, None, k)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_what_lay_in_memory_before_does_not_matter(path, rounded):
+    if path == "reference":
+        pytest.skip("only compiled code prepares an encoder")
+    x, encoder = draw(70, 24, seed=1), draw(500, 24, seed=2)
+    prepared = PreparedEncoder.of(encoder, len(x), rounded)
+    for room in (prepared.lengths, prepared.errors, prepared.rounded):
+        room.fill_(torch.nan)
+    for _ in range(2):
+        compare(encode_topk(x, encoder, None, 3, prepared=prepared), x, encoder, None, 3)
 
 
 @settings(max_examples=25, deadline=None)
