@@ -26,7 +26,7 @@ import gossamer
 from gossamer.core.calibration import InputNorm, observe
 from gossamer.core.targets import find_targets
 from gossamer.errors import CalibrationError
-from gossamer.models.blocks import find_stacks, stages
+from gossamer.models.blocks import find_stacks, run_batch, stages
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 97}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -162,3 +162,14 @@ def test_a_model_on_disk_is_pruned_like_one_in_memory(method, tiny_llama, batche
     assert (folder / "model.safetensors").read_bytes() == before
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(again.lm_head.weight, tiny_llama.lm_head.weight)
+
+
+def test_logits_of_the_last_token_are_enough_for_who_looks_inside(tiny_llama, batches):
+    with torch.no_grad():
+        whole, last = run_batch(tiny_llama, batches[0]), run_batch(tiny_llama, batches[0], logits=False)
+        assert last.logits.shape[1] == 1
+        torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+        labelled = {"input_ids": batches[0], "labels": batches[0]}
+        assert run_batch(tiny_llama, labelled, logits=False).loss.equal(run_batch(tiny_llama, labelled).loss)
+        layer = nn.Linear(3, 2)
+        assert run_batch(layer, torch.ones(1, 3), logits=False).equal(layer(torch.ones(1, 3)))

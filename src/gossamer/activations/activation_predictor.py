@@ -136,7 +136,7 @@ def collect_activity(
 
     with evaluation_mode(model), torch.no_grad(), Listening(model, taps, see):
         for batch in [data] if isinstance(data, Tensor) else data:
-            run_batch(model, batch)
+            run_batch(model, batch, logits=False)
     if not all(parts["inputs"] for parts in read.values()):
         raise CalibrationError("no data to learn a predictor from; give at least one batch")
     return {name: (torch.cat(parts["inputs"]), torch.cat(parts["active"])) for name, parts in read.items()}

@@ -21,8 +21,8 @@ from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_in
 from gossamer.activations.text_positions import noting_positions, position_shift
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
-from gossamer.measure.windows import accepted, evaluation_mode
-from gossamer.models.blocks import find_stacks
+from gossamer.measure.windows import evaluation_mode
+from gossamer.models.blocks import accepted, find_stacks
 from gossamer.models.feedforward import FeedForward
 from gossamer.models.feedforward_search import find_feed_forwards
 from gossamer.models.key_value_cache import keep_positions, rewritable

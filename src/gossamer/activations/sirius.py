@@ -21,7 +21,8 @@ from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_in
 from gossamer.activations.text_positions import PlacedText, noting_positions, position_shift
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, check_sparsity
-from gossamer.measure.windows import accepted, evaluation_mode
+from gossamer.measure.windows import evaluation_mode
+from gossamer.models.blocks import accepted
 from gossamer.models.key_value_cache import entries, keep_positions, overwrite, rewritable
 from gossamer.models.streamed_feedforward import StreamedFeedForwards
 

@@ -221,7 +221,7 @@ def calibrate_channels(
     try:
         with evaluation_mode(model):
             for batch in track(list(data), "calibrating channels", enabled=progress):
-                run_batch(model, batch)
+                run_batch(model, batch, logits=False)
     finally:
         site.remove()
     if not found:

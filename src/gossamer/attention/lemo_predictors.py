@@ -202,7 +202,7 @@ def observe_blocks(
         # in inference mode observations could not be learnt from
         with evaluation_mode(model), torch.inference_mode(False), torch.no_grad():
             for batch in track(batches, "observing blocks", enabled=progress):
-                run_batch(model, batch)
+                run_batch(model, batch, logits=False)
     finally:
         layers.remove()
     if not all(seen):

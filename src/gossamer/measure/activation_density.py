@@ -157,7 +157,7 @@ def activation_density(
 
     with evaluation_mode(model), torch.no_grad(), Listening(model, taps, see):
         for batch in [data] if isinstance(data, Tensor) else data:
-            run_batch(model, batch)
+            run_batch(model, batch, logits=False)
     silent = next((name for name, count in counts.items() if not count.tokens), None)
     if silent is not None:
         raise CalibrationError(f"{silent} saw no real token; give at least one batch that is more than padding")

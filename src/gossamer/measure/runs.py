@@ -42,7 +42,7 @@ def run_over(model: nn.Module, data: Sequence[Batch], title: str, progress: bool
         _check_ids(model, batch)
     with evaluation_mode(model), torch.no_grad():
         for batch in track(data, title, enabled=progress):
-            run_batch(model, batch)
+            run_batch(model, batch, logits=False)
 
 
 def _check_ids(model: nn.Module, batch: Batch) -> None:

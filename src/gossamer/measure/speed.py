@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError, ModelError
-from gossamer.measure.windows import accepted, evaluation_mode, logits_of, model_device
+from gossamer.measure.windows import evaluation_mode, logits_of, model_device
+from gossamer.models.blocks import accepted
 
 # Prompts are made of this text where there is a tokenizer: the path through a mixture of experts, or the
 # zeros in activations, depend on the input being language.

@@ -7,7 +7,6 @@ walk, so that both speak about exactly the same tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError
+from gossamer.models.blocks import accepted
 
 # Rows of logits are turned into float32 a few at a time: 2**24 elements are 64 MiB, whatever the vocabulary.
 CHUNK_ELEMENTS = 2**24
@@ -223,12 +223,6 @@ def scored_logits(model: nn.Module, batch: Sequence[Window]) -> tuple[Tensor, Te
     output = model(ids, **accepted(model, use_cache=False, logits_to_keep=scored + 1))
     logits = logits_of(output)[:, -scored - 1 : -1]
     return logits.reshape(-1, logits.shape[-1]), ids[:, -scored:].reshape(-1)
-
-
-def accepted(model: nn.Module, **options: object) -> dict[str, object]:
-    """Return those keyword arguments that the model's forward declares by name."""
-    parameters = inspect.signature(model.forward).parameters
-    return {name: value for name, value in options.items() if name in parameters}
 
 
 def logits_of(output: object) -> Tensor:

@@ -7,6 +7,7 @@ the whole model in which the blocks themselves do nothing, so that nothing about
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -200,10 +201,24 @@ class _WholeCall:
         return output if isinstance(output, Tensor) else torch.zeros(0)
 
 
-def run_batch(model: nn.Module, batch: Batch, device: torch.device | str | None = None) -> Any:
-    """Call a model with a batch of any of the accepted forms."""
+def accepted(model: nn.Module, **options: object) -> dict[str, object]:
+    """Return those keyword arguments that the model's forward declares by name."""
+    parameters = inspect.signature(model.forward).parameters
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def run_batch(model: nn.Module, batch: Batch, device: torch.device | str | None = None, logits: bool = True) -> Any:
+    """Call a model with a batch of any of the accepted forms.
+
+    Without `logits`, for those who only look inside, it forms those of the last token alone, if it can be told so and
+    no labels wait for all of them.
+    """
     batch = _to(batch, device)
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    options: dict[str, Any] = {}
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        options["use_cache"] = False
+    if not logits and not (isinstance(batch, Mapping) and "labels" in batch):
+        options |= accepted(model, logits_to_keep=1)
     if isinstance(batch, Mapping):
         return model(**{**options, **batch})
     if isinstance(batch, Tensor):
