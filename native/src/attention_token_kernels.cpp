@@ -306,12 +306,95 @@ void score(const Vectors& labels, const float* query, std::int64_t first, std::i
   else score_labels<BFloat16>(labels, query, first, last, scores);
 }
 
+inline float number_at(const Vectors& vectors, std::int64_t place) {
+  const std::int64_t at = place * vectors.stride;
+  if (vectors.value == Value::float32) return static_cast<const float*>(vectors.data)[at];
+  return as_float(std::uint32_t{static_cast<const std::uint16_t*>(vectors.data)[at]} << 16);
+}
+
+template <int Bits>
+inline float score_rounded_one(const RoundedLabels& labels, const float* query, float all, std::int64_t token) {
+  const std::uint8_t* codes = labels.codes + token * labels.stride;
+  float total = 0.0f;
+  for (std::int64_t i = 0; i < labels.size; ++i) {
+    const int code = Bits == 8 ? codes[i] : codes[i / 2] >> 4 * (i % 2) & 15;
+    total += query[i] * static_cast<float>(code);
+  }
+  return total * number_at(labels.step, token) + all * number_at(labels.low, token);
+}
+
+#if defined(__AVX512F__)
+inline __m512 sixteen_numbers(const Vectors& vectors, std::int64_t first) {
+  if (vectors.value == Value::float32)
+    return _mm512_loadu_ps(static_cast<const float*>(vectors.data) + first * vectors.stride);
+  const auto* from = static_cast<const std::uint16_t*>(vectors.data) + first;
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+}
+
+// Sixteen tokens, of whose codes a register holds four bytes each.
+template <int Bits>
+inline __m512 score_rounded_lanes(const RoundedLabels& labels, const float* query, const __m512* products,
+                                  __m512i places, std::int64_t token) {
+  constexpr int kPer = 32 / Bits;
+  const std::uint8_t* from = labels.codes + token * labels.stride;
+  __m512 total = _mm512_setzero_ps();
+  for (std::int64_t i = 0; i < labels.size; i += kPer, from += 4) {
+    __m512i words = labels.stride == 4 ? _mm512_loadu_si512(from) : _mm512_i32gather_epi32(places, from, 1);
+    const std::int64_t some = labels.size - i < kPer ? labels.size - i : kPer;
+    for (std::int64_t j = 0; j < some; ++j, words = _mm512_srli_epi32(words, Bits)) {
+      if constexpr (Bits == 4) {  // only the lowest four bits choose among sixteen products
+        total = _mm512_add_ps(total, _mm512_permutexvar_ps(words, products[i + j]));
+      } else {
+        const __m512 codes = _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+        total = _mm512_fmadd_ps(codes, _mm512_set1_ps(query[i + j]), total);
+      }
+    }
+  }
+  return total;
+}
+#endif
+
+constexpr std::int64_t kMostRounded = 64;  // labels whose products with all codes of four bits are kept
+
+template <int Bits>
+void score_some_rounded(const RoundedLabels& labels, const float* query, std::int64_t first, std::int64_t last,
+                        float* scores) {
+  float all = 0.0f;
+  for (std::int64_t i = 0; i < labels.size; ++i) all += query[i];
+  std::int64_t token = first;
+#if defined(__AVX512F__)
+  __m512 products[Bits == 4 ? kMostRounded : 1];
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if constexpr (Bits == 4)
+    for (std::int64_t i = 0; i < labels.size && i < kMostRounded; ++i)
+      products[i] = _mm512_mul_ps(_mm512_set1_ps(query[i]), _mm512_cvtepi32_ps(lanes));
+  const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(labels.stride)));
+  const bool dense = labels.low.stride == 1 && labels.step.stride == 1 && (Bits == 8 || labels.size <= kMostRounded);
+  // a word may reach three bytes beyond a token, which must be those of others
+  for (; dense && token + 16 <= last && token + 19 <= labels.count; token += 16) {
+    for (std::int64_t byte = 0; byte < 16 * labels.stride; byte += 64)
+      fetch(labels.codes + token * labels.stride, byte + 2 * kAhead);
+    const __m512 total = score_rounded_lanes<Bits>(labels, query, products, places, token);
+    const __m512 offset = _mm512_mul_ps(sixteen_numbers(labels.low, token), _mm512_set1_ps(all));
+    _mm512_storeu_ps(scores + token - first, _mm512_fmadd_ps(total, sixteen_numbers(labels.step, token), offset));
+  }
+#endif
+  for (; token < last; ++token) scores[token - first] = score_rounded_one<Bits>(labels, query, all, token);
+}
+
+void score_rounded(const RoundedLabels& labels, const float* query, std::int64_t first, std::int64_t last,
+                   float* scores) {
+  if (labels.bits == 4) score_some_rounded<4>(labels, query, first, last, scores);
+  else score_some_rounded<8>(labels, query, first, last, scores);
+}
+
 #include "token_choice.hpp"
 
 }  // namespace
 
 const TokenKernels& token_table() {
-  static const TokenKernels kernels = {gather, score, choose_highest};
+  static const TokenKernels kernels = {gather, score, score_rounded, choose_highest};
   return kernels;
 }
 

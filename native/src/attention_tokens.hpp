@@ -49,10 +49,22 @@ struct TokenTile {
   float* scores;   // room for rows × kTokens
 };
 
+// Labels of some bits, which stand for low + code · step of their token.
+struct RoundedLabels {
+  const std::uint8_t* codes;
+  std::int64_t stride;  // bytes from one token to the next
+  std::int64_t count;
+  std::int64_t size;    // labels of a token; of 4 bits two share a byte, the first in its lower half
+  int bits;             // 4 or 8
+  Vectors low, step;    // of one number each
+};
+
 struct TokenKernels {
   void (*gather)(const TokenTile&);
   // scores[k] = labels[first + k] · query, for tokens first … last − 1
   void (*score)(const Vectors& labels, const float* query, std::int64_t first, std::int64_t last, float* scores);
+  void (*score_rounded)(const RoundedLabels& labels, const float* query, std::int64_t first, std::int64_t last,
+                        float* scores);
   // The places of the `count` highest scores, ascending; of equal ones the lower, NaN above all. 0 < count ≤ tokens.
   // `room` is for twice as many numbers as there are tokens, and 32 more.
   void (*choose)(const float* scores, std::int64_t tokens, std::int64_t count, std::int64_t* places,

@@ -156,10 +156,32 @@ bool gather(const Gathering& work, int threads) {
   return true;
 }
 
+// Where the codes of rounded labels lie, or nowhere.
+struct Codes {
+  Address data = 0;
+  std::int64_t batch_stride = 0, head_stride = 0, stride = 0;
+  int bits = 0;
+  Heads low{}, step{};
+
+  // (address, three strides, bits, low, step), or ()
+  static Codes from(const nb::tuple& given) {
+    if (!nb::len(given)) return {};
+    const auto number = [&](int i) { return nb::cast<std::int64_t>(given[static_cast<std::size_t>(i)]); };
+    return {nb::cast<Address>(given[0]), number(1), number(2), number(3), nb::cast<int>(given[4]),
+            Heads::from(nb::cast<nb::tuple>(given[5])), Heads::from(nb::cast<nb::tuple>(given[6]))};
+  }
+  RoundedLabels labels(std::int64_t b, std::int64_t head, std::int64_t size) const {
+    const Address codes = data + static_cast<Address>(b * batch_stride + head * head_stride);
+    return {reinterpret_cast<const std::uint8_t*>(codes), stride, low.length, size, bits, low.vectors(b, head),
+            step.vectors(b, head)};
+  }
+};
+
 // Labels that choose tokens: q (batch, heads, 1, labels), k (batch, key heads, keys, labels).
 struct Labels {
   std::int64_t batch, heads, key_heads;
   Heads q, k;
+  Codes codes;                   // those of k, if they are rounded
   int pooling;                   // 0 sum, 1 highest, 2 none
   const std::uint8_t* key_mask;  // (batch, keys), or null
   const std::int64_t* channels = nullptr;  // (key heads, labels): which channels of q are its labels, if not all
@@ -176,7 +198,7 @@ struct Labels {
     const std::int64_t* picked = channels ? channels + head * key_heads / heads * k.size : nullptr;
     for (std::int64_t i = 0; i < k.size; ++i) {
       float one = all[static_cast<std::size_t>(picked ? picked[i] : i)];
-      if (k.value == Value::bfloat16 && q.value == Value::float32) {
+      if (!codes.data && k.value == Value::bfloat16 && q.value == Value::float32) {
         std::uint16_t narrow;
         kernels().narrow_bfloat16(&one, &narrow, 1);
         kernels().widen_bfloat16(&narrow, &one, 1);
@@ -190,19 +212,23 @@ struct Labels {
   // Scores of the keys first … last − 1 for one list.
   void score(std::int64_t list, std::int64_t first, std::int64_t last, float* scores) const {
     const std::int64_t b = list / lists(), per_list = heads / lists(), head = list % lists() * per_list;
-    const Vectors labels = k.vectors(b, head * key_heads / heads);
+    const std::int64_t label_head = head * key_heads / heads;
+    const auto score_some = [&](const float* query, float* found) {
+      if (codes.data) token_kernels().score_rounded(codes.labels(b, label_head, k.size), query, first, last, found);
+      else token_kernels().score(k.vectors(b, label_head), query, first, last, found);
+    };
     const float lowest = -std::numeric_limits<float>::infinity();
     std::vector<float> query(static_cast<std::size_t>(k.size), 0.0f);
     std::vector<float> some(pooling == 1 ? static_cast<std::size_t>(last - first) : 0);
     for (std::int64_t i = 0; i < per_list; ++i) {
       add_query(b, head + i, query.data());
       if (pooling != 1) continue;
-      token_kernels().score(labels, query.data(), first, last, i ? some.data() : scores);
+      score_some(query.data(), i ? some.data() : scores);
       std::fill(query.begin(), query.end(), 0.0f);
       for (std::size_t t = 0; i && t < some.size(); ++t)
         if (!(some[t] <= scores[t])) scores[t] = std::isnan(scores[t]) ? scores[t] : some[t];
     }
-    if (pooling != 1) token_kernels().score(labels, query.data(), first, last, scores);
+    if (pooling != 1) score_some(query.data(), scores);
     if (key_mask)
       for (std::int64_t key = first; key < last; ++key)
         if (!key_mask[b * k.length + key]) scores[key - first] = lowest;
@@ -289,10 +315,11 @@ void bind_attention_tokens(nb::module_& m) {
   // False if there is no such channel.
   m.def("attention_by_labels", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
                                   const nb::tuple& k, const nb::tuple& v, Address channels,
-                                  const nb::tuple& k_labels, std::int64_t label_heads, int pooling,
-                                  Address key_mask, std::int64_t count, bool newest, float scale, int threads, const nb::tuple& outputs) {
+                                  const nb::tuple& k_labels, const nb::tuple& codes, std::int64_t label_heads,
+                                  int pooling, Address key_mask, std::int64_t count, bool newest, float scale,
+                                  int threads, const nb::tuple& outputs) {
     const Heads all[] = {Heads::from(q), Heads::from(k), Heads::from(v), Heads::from(outputs)};
-    const Labels labels{batch, heads, label_heads, all[0], Heads::from(k_labels), pooling,
+    const Labels labels{batch, heads, label_heads, all[0], Heads::from(k_labels), Codes::from(codes), pooling,
                         reinterpret_cast<const std::uint8_t*>(key_mask),
                         reinterpret_cast<const std::int64_t*>(channels)};
     const nb::gil_scoped_release unlocked;
@@ -306,9 +333,9 @@ void bind_attention_tokens(nb::module_& m) {
     return true;
   });
   m.def("attention_label_topk", [](std::int64_t batch, std::int64_t heads, std::int64_t key_heads, const nb::tuple& q,
-                                   const nb::tuple& k,
-                                   int pooling, Address key_mask, std::int64_t count, Address places, int threads) {
-    const Labels labels{batch, heads, key_heads, Heads::from(q), Heads::from(k), pooling,
+                                   const nb::tuple& k, const nb::tuple& codes, int pooling, Address key_mask,
+                                   std::int64_t count, Address places, int threads) {
+    const Labels labels{batch, heads, key_heads, Heads::from(q), Heads::from(k), Codes::from(codes), pooling,
                         reinterpret_cast<const std::uint8_t*>(key_mask)};
     const nb::gil_scoped_release unlocked;
     label_topk(labels, count, reinterpret_cast<std::int64_t*>(places), std::max(threads, 1));

@@ -9,59 +9,9 @@
 #include <mutex>
 #include <vector>
 
-#include "kernels.hpp"
+#include "decoder_matrix.hpp"
 
 namespace gossamer {
-
-// A weight in one of the storages that there are kernels for.
-struct Matrix {
-  enum class Kind : int {
-    none = 0,
-    dense = 1,
-    bitmask = 2,
-    groups = 3,
-    nibbles = 4,
-    blocks = 5,
-    patterns = 6,
-    channels = 7,     // a line for each input
-    nibble_rows = 8,  // a line for each output
-    integer_dense = 9,     // these two only in what Python hands over:
-    integer_bitmask = 10,  // they become dense and bitmask with `rounded`
-  };
-
-  Kind kind = Kind::none;
-  std::int64_t rows = 0;
-  std::int64_t columns = 0;
-  const float* bias = nullptr;
-  DenseRows dense{};
-  BitmaskRows bitmask{};
-  GroupRows groups{};
-  NibbleRows nibbles{};
-  BlockRows blocks{};
-  PatternRows patterns{};
-  ChannelLines lines{};
-  const float* limits = nullptr;  // channels: inputs of at most this size count as zero
-  bool rounded = false;           // dense and bitmask in int8: inputs are rounded to int8 as well
-
-  explicit operator bool() const { return kind != Kind::none; }
-  bool rounds() const { return rounded || kind == Kind::nibbles || kind == Kind::groups; }
-  // where the stored values of each row, or band of rows, begin; null if all rows are alike
-  const std::int64_t* starts() const;
-  std::int64_t band() const { return kind == Kind::blocks ? blocks.height : 1; }
-  // `sparse`: with limits, where there are any
-  void multiply(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
-                const Outputs& outputs, bool sparse) const;
-  // Of `channels`: what one half of the live inputs adds to the rows first … last − 1, the bias with the first half.
-  void multiply_half(const Kernels& kernels, int half, std::int64_t first, std::int64_t last, const Inputs& inputs,
-                     const Outputs& outputs, bool sparse) const;
-  // The rows `places` alone.
-  void multiply_some(const Kernels& kernels, const std::int32_t* places, std::int64_t count, const Inputs& inputs,
-                     const Outputs& outputs) const;
-  // The same with dense rows and without rounding.
-  void multiply_exactly(const Kernels& kernels, std::int64_t first, std::int64_t last, const Inputs& inputs,
-                        const Outputs& outputs) const;
-  void expand_row(const Kernels& kernels, std::int64_t row, float* target) const;
-};
 
 struct Norm {
   const float* weight = nullptr;  // null: there is none
@@ -121,7 +71,7 @@ class Decoder {
   bool limited() const { return limited_; }
 
  private:
-  class Run;
+  class Run;  // one step, in decoder_run.hpp
 
   void divide(int parts);
 
@@ -129,14 +79,14 @@ class Decoder {
   float embedding_scale_, logit_cap_;
   Norm last_norm_;
   std::vector<Layer> layers_;
-  std::int64_t hidden_, widest_;
+  std::int64_t hidden_;
+  std::int64_t widest_ = 0;  // line that a layer needs inside
   std::mutex busy_;
   bool watching_ = false, limited_ = true;
   std::vector<double> seconds_;
   std::vector<float> memory_;
   std::vector<float> ones_;  // as many as a layer has neurons, where a layer has limits for them
-  int parts_ = 0;                                // for which
-  std::vector<std::vector<std::int64_t>> cuts_;  // the rows of each matrix are divided here
+  int parts_ = 0;            // for which the rows of all matrices are divided
 };
 
 }  // namespace gossamer

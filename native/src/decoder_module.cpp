@@ -22,20 +22,24 @@ const T* at(nb::handle address) {
   return reinterpret_cast<const T*>(nb::cast<Address>(address));
 }
 
+// Numbers of kinds that are only told apart in Python: here they are dense and bitmask with `rounded`.
+constexpr int kIntegerDense = 9, kIntegerBitmask = 10;
+
 // (kind, rows, columns, value, group, bias, five addresses)
 Matrix matrix_of(nb::handle given) {
   const auto parts = nb::cast<nb::tuple>(given);
   if (parts.size() == 0) return {};
   Matrix matrix;
-  matrix.kind = static_cast<Matrix::Kind>(nb::cast<int>(parts[0]));
+  const int kind = nb::cast<int>(parts[0]);
+  matrix.rounded = kind == kIntegerDense || kind == kIntegerBitmask;
+  matrix.kind = kind == kIntegerDense     ? Matrix::Kind::dense
+                : kind == kIntegerBitmask ? Matrix::Kind::bitmask
+                                          : static_cast<Matrix::Kind>(kind);
   matrix.rows = nb::cast<std::int64_t>(parts[1]);
   matrix.columns = nb::cast<std::int64_t>(parts[2]);
   const auto value = static_cast<Value>(nb::cast<int>(parts[3]));
   const auto group = nb::cast<std::int64_t>(parts[4]);
   matrix.bias = at<float>(parts[5]);
-  matrix.rounded = matrix.kind == Matrix::Kind::integer_dense || matrix.kind == Matrix::Kind::integer_bitmask;
-  if (matrix.rounded)
-    matrix.kind = matrix.kind == Matrix::Kind::integer_dense ? Matrix::Kind::dense : Matrix::Kind::bitmask;
   switch (matrix.kind) {
     case Matrix::Kind::none: break;
     case Matrix::Kind::dense: matrix.dense = {matrix.columns, at<void>(parts[6]), at<float>(parts[7]), group, value}; break;
@@ -83,7 +87,6 @@ Matrix matrix_of(nb::handle given) {
     case Matrix::Kind::nibble_rows:
       matrix.lines = {matrix.rows, matrix.columns, at<void>(parts[6]), at<void>(parts[7]), group, value};
       break;
-    default: break;
   }
   return matrix;
 }

@@ -16,7 +16,7 @@ from gossamer.attention.channel_order import (
     random_order,
 )
 from gossamer.attention.double_sparsity import DoubleSparsity, channel_count, token_count
-from gossamer.attention.label_cache import LabelCache, LabelLayer, channels_of, make_labels
+from gossamer.attention.label_cache import LabelCache, LabelLayer, channels_of
 from gossamer.attention.offloaded_decoding import OffloadedDoubleSparsity
 from gossamer.attention.simulated_decoding import (
     HeavyHitters,
@@ -31,6 +31,7 @@ from gossamer.attention.simulated_decoding import (
 )
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, UnknownNameError
 from gossamer.kernels.attention import gather_attention
+from gossamer.kernels.attention_labels import make_labels
 from gossamer.methods import method
 from gossamer.models.attention_sites import AttentionCall, AttentionSite
 

@@ -14,6 +14,7 @@ from gossamer.kernels.attention import (
     label_topk,
     page_scores,
 )
+from gossamer.kernels.attention_labels import Labels, make_labels
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,6 +128,57 @@ def test_a_nan_label_is_chosen(way, keys):
     k[0, 0, 37, 2] = float("nan")
     for pooling in ("sum", "max", None):
         assert 37 in label_topk(q, k, 3, pooling=pooling)[0, 0].tolist()
+
+
+def draw_rounded(heads: int, keys: int, channels: int, bits: int, dtype: torch.dtype) -> Labels:
+    """Labels of two samples whose scores of whole queries are exact, and some tokens behind them that do not count."""
+    generator = torch.Generator().manual_seed(5)
+    width = channels if bits == 8 else (channels + 1) // 2
+    codes = torch.randint(256, (2, heads, keys + 4, width), generator=generator).to(torch.uint8)
+    low, step = (torch.randint(-2, 3, (2, heads, keys + 4, 1), generator=generator).to(dtype) for _ in range(2))
+    return Labels(codes, low, step, channels, bits).first(keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("keys", "labels", "count"),
+    [
+        (1, 1, 1),
+        (15, 2, 4),
+        (16, 4, 5),
+        (19, 8, 6),
+        (35, 8, 30),
+        (5000, 8, 300),
+        (333, 5, 20),
+        (90, 70, 9),
+        (64, 16, 64),
+    ],
+)
+def test_rounded_labels_choose_by_what_they_stand_for(way, keys, labels, count, bits, dtype):
+    q, rounded = draw(2, 4, labels, dtype=dtype).round(), draw_rounded(2, keys, labels, bits, dtype)
+    k, real = rounded.values(torch.float32), torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) < 0.7
+    for pooling in ("sum", "max", None):
+        for mask in (None, real):
+            about = {"key_mask": mask, "pooling": pooling}
+            assert label_topk(q, rounded, count, **about).equal(label_topk(q.float(), k, count, **about))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_rounded_labels_choose_and_read_in_one_pass(way, bits):
+    q, k, v = draw(2, 4, 1, 64), draw(2, 2, 150, 64, seed=1), draw(2, 2, 150, 64, seed=2)
+    channels = torch.stack([torch.arange(6), torch.arange(8, 14)])
+    of_keys = k.gather(-1, channels[None, :, None].expand(2, -1, 150, -1))
+    labels = make_labels(of_keys, bits).first(149)
+    of_queries = q.gather(-1, channels.repeat_interleave(2, 0)[None, :, None].expand(2, -1, -1, -1))[:, :, 0]
+    chosen = label_topk(of_queries.to(labels.values().dtype), labels, 20)
+    wanted = gather_attention(q, k, v, torch.cat([chosen, torch.full((2, 2, 1), 149)], -1))
+    found = label_attention(q, k, v, channels, labels, 20, newest=True)
+    assert found.equal(wanted)
+    compiled = torch.compile(label_attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, channels, labels, 20, newest=True), found)
+    with pytest.raises(ConfigurationError, match=r"k_labels \(2, 2, 148, 6\)"):
+        label_attention(q, k, v, channels, labels.first(148), 20, newest=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -20,11 +20,12 @@ from transformers.cache_utils import DynamicLayer
 
 from gossamer.attention.base import Answer, Installed, SparseAttention, TokenSelection, missing_calibration
 from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
-from gossamer.attention.label_cache import LABEL_BITS, LabelCache, LabelLayer, channels_of, make_labels
+from gossamer.attention.label_cache import LabelCache, LabelLayer, channels_of
 from gossamer.attention.model_cache import CacheInstalled, layer_of
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import label_attention, label_topk
+from gossamer.kernels.attention_labels import LABEL_BITS, Labels, make_labels, of_values
 from gossamer.models.attention_sites import AttentionCall
 from gossamer.models.blocks import Batch
 
@@ -135,7 +136,7 @@ class DoubleSparsity(SparseAttention):
         order, labels = self._labels(call)
         pooling = self._pooling(call, labels)
         output = label_attention(
-            *(call.query, call.key, call.value, order, labels[:, :, : call.key.shape[2] - 1], count - 1),
+            *(call.query, call.key, call.value, order, labels.first(call.key.shape[2] - 1), count - 1),
             newest=True,
             pooling=pooling,
             scale=call.scale,
@@ -153,7 +154,7 @@ class DoubleSparsity(SparseAttention):
         count = token_count(self.tokens, keys)
         return None if call.window is not None or count >= keys else count
 
-    def select(self, call: AttentionCall, order: Tensor, labels: Tensor, count: int) -> TokenSelection:
+    def select(self, call: AttentionCall, order: Tensor, labels: Labels, count: int) -> TokenSelection:
         """The best tokens of a call.
 
         Parameters
@@ -161,20 +162,20 @@ class DoubleSparsity(SparseAttention):
         order
             ``(key heads or heads, r)``.
         labels
-            ``(batch, key heads or heads, keys, r)``.
+            Of all keys, or all but the newest.
         count
             Tokens to read, the newest included; fewer than there are.
         """
         keys = call.key.shape[2]
         by_head = order.repeat_interleave(call.query.shape[1] // len(order), 0)
-        query = channels_of(call.query, by_head)[:, :, 0].to(labels.dtype)
+        query = channels_of(call.query, by_head)[:, :, 0].to(of_values(labels).dtype)
         real = None if call.key_mask is None else call.key_mask[:, : keys - 1].contiguous()
         newest = torch.full((), keys - 1, device=call.query.device)
         if count == 1:
             heads = call.key.shape[1] if self.share_tokens else call.query.shape[1]
             return TokenSelection(newest.expand(len(call.query), heads, 1))
         pooling = self._pooling(call, labels)
-        best = label_topk(query, labels[:, :, : keys - 1], count - 1, key_mask=real, pooling=pooling).long()
+        best = label_topk(query, labels.first(keys - 1), count - 1, key_mask=real, pooling=pooling).long()
         indices = torch.cat([best, newest.expand(*best.shape[:2], 1)], -1)
         return TokenSelection(indices) if call.key_mask is None else TokenSelection.real_first(indices, call.key_mask)
 
@@ -182,16 +183,16 @@ class DoubleSparsity(SparseAttention):
         """Operations of one layer that go into choosing, for one token after a context of `length`."""
         return 2.0 * length * channel_count(self.channels, size) * heads
 
-    def _labels(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def _labels(self, call: AttentionCall) -> tuple[Tensor, Labels]:
         """Which channels are labels, and the labels of all keys."""
         order = self.order(call.layer, call.query.shape[1], call.query.shape[3], call.query.device)
         layer = label_layer(self.cache, call.layer)
         if layer is not None and layer.get_seq_length() == call.key.shape[2]:
-            return order, layer.labels.values()
+            return order, layer.labels
         # a cache of another kind keeps none: they are read from the keys
-        return order, make_labels(channels_of(call.key, order), self.label_bits).values()
+        return order, make_labels(channels_of(call.key, order), self.label_bits)
 
-    def _pooling(self, call: AttentionCall, labels: Tensor) -> Literal["sum"] | None:
+    def _pooling(self, call: AttentionCall, labels: Labels) -> Literal["sum"] | None:
         if self.share_tokens and labels.shape[1] != call.key.shape[1]:
             raise ConfigurationError("heads with labels of their own cannot choose tokens together; set scope='group'")
         return "sum" if self.share_tokens else None

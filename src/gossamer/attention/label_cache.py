@@ -6,85 +6,14 @@ be rounded to 8 or 4 bits, with a smallest value and a step for every token and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.attention_labels import LABEL_BITS, Labels, make_labels
 from gossamer.models.key_value_cache import RewritableLayer, room_for_tokens
-
-LABEL_BITS = (4, 8, 16, 32)
-
-
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """Channels of keys as they are stored.
-
-    Attributes
-    ----------
-    codes
-        ``(batch, heads, tokens, r)`` floating-point; or uint8, with 4 bits two to a byte.
-    low, step
-        ``(batch, heads, tokens, 1)`` of rounded labels, else None.
-    channels
-        r.
-    bits
-        Of each label.
-    """
-
-    codes: Tensor
-    low: Tensor | None
-    step: Tensor | None
-    channels: int
-    bits: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        parts = [part for part in (self.codes, self.low, self.step) if part is not None]
-        return sum(part.numel() * part.element_size() for part in parts)
-
-    def values(self) -> Tensor:
-        """The labels, ``(batch, heads, tokens, r)``, in the dtype they were rounded from or stored in."""
-        if self.low is None or self.step is None:
-            return self.codes
-        codes = self.codes
-        if self.bits == 4:
-            codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)[..., : self.channels]
-        return codes.to(self.step.dtype) * self.step + self.low
-
-    def parts(self) -> list[Tensor]:
-        """Everything that grows with the tokens."""
-        return [part for part in (self.codes, self.low, self.step) if part is not None]
-
-
-def make_labels(values: Tensor, bits: int) -> Labels:
-    """Round channels of keys ``(batch, heads, tokens, r)`` to labels.
-
-    With 16 bits they keep a 16-bit dtype, and become bfloat16 from any other; with 32 they stay as they are. With 8
-    and 4 bits they lie on a grid of 2^bits − 1 steps from the smallest to the largest of the token and head.
-
-    Raises
-    ------
-    ConfigurationError
-        If bits are none of these.
-    """
-    channels = values.shape[-1]
-    if bits not in LABEL_BITS:
-        raise ConfigurationError(f"label_bits is {bits}; it must be one of {', '.join(map(str, LABEL_BITS))}")
-    if bits >= 16:
-        wide = values.element_size() > 2 and bits == 16
-        return Labels(values.to(torch.bfloat16) if wide else values, None, None, channels, bits)
-    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    step = (high - low) / (2**bits - 1)
-    codes = ((values - low) / torch.where(step > 0, step, 1)).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    if bits == 4:
-        codes = torch.nn.functional.pad(codes, (0, channels % 2)).unflatten(-1, (-1, 2))
-        codes = codes[..., 0] | (codes[..., 1] << 4)
-    return Labels(codes, low, step, channels, bits)
 
 
 def channels_of(states: Tensor, order: Tensor) -> Tensor:
@@ -132,7 +61,7 @@ class LabelLayer(RewritableLayer):
             grown = [room_for_tokens(part, capacity) for part in new.parts()]
             for memory, old in zip(grown, held.parts() if held is not None else []):
                 memory[:, :, :start] = old[:, :, :start]
-            held = Labels(grown[0], *(grown[1:] or (None, None)), new.channels, new.bits)
+            held = new.like(grown)
             self._labels = held
         for memory, part in zip(held.parts(), new.parts()):
             memory[:, :, start:end] = part
@@ -148,9 +77,7 @@ class LabelLayer(RewritableLayer):
         """
         if self._labels is None:
             raise ConfigurationError("the cache has no labels yet; run a prompt through the model first")
-        held, length = self._labels, self.get_seq_length()
-        low, step = (None if part is None else part[:, :, :length] for part in (held.low, held.step))
-        return Labels(held.codes[:, :, :length], low, step, held.channels, held.bits)
+        return self._labels.first(self.get_seq_length())
 
     def _each(self, change: Any) -> None:
         """Change everything along the batch."""
@@ -159,8 +86,7 @@ class LabelLayer(RewritableLayer):
         keys, values, labels = change(self.keys), change(self.values), self.labels
         self._memory, self._labels = None, None
         self.keys, self.values = keys, values
-        low, step = (None if part is None else change(part) for part in (labels.low, labels.step))
-        self._labels = Labels(change(labels.codes), low, step, labels.channels, labels.bits)
+        self._labels = labels.like([change(part) for part in labels.parts()])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give every beam the cache of another."""

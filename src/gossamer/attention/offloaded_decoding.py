@@ -203,11 +203,10 @@ class OffloadedDoubleSparsity(DoubleSparsity):
         self, query: Tensor, layer: LabelLayer, length: int, count: int, real: Tensor | None = None
     ) -> TokenSelection:
         """The tokens among the first `length` that a query ``(batch, heads, 1, size)`` chooses."""
-        labels = layer.labels.values()[:, :, :length]
-        # a token that stands for the newest, which select() takes in by itself
-        labels = torch.cat([labels, labels[:, :, -1:]], 2)
+        labels = layer.labels.first(length)
+        # select() takes in one more token by itself, the newest
         mask = None if real is None else torch.cat([real, real.new_ones(len(real), 1)], 1)
-        shape = labels.new_empty(0).expand(len(query), query.shape[1], length + 1, 0)
+        shape = query.new_empty(0).expand(len(query), query.shape[1], length + 1, 0)
         call = AttentionCall(-1, query, shape, shape, 1.0, key_mask=mask)
         found = self.select(call, layer.order.to(query.device), labels, count + 1)
         if found.counts is None:

@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 from gossamer.attention.base import Answer, SparseAttention
 from gossamer.attention.channel_order import ChannelOrder
 from gossamer.attention.double_sparsity import channel_count, token_count
-from gossamer.attention.label_cache import channels_of, make_labels
+from gossamer.attention.label_cache import channels_of
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import page_scores
+from gossamer.kernels.attention_labels import make_labels
 from gossamer.models.attention_sites import AttentionCall
 
 _CHUNK = 1 << 24  # scores that are in memory at a time

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+from gossamer.kernels.attention_labels import Labels
 
 
 class LabelChoice(NamedTuple):
     """Which keys are chosen by labels: what :func:`gossamer.kernels.attention.label_attention` says of it."""
 
     channels: Tensor
-    k_labels: Tensor
+    k_labels: Tensor | Labels
     wanted: int  # keys
     newest: bool
     key_mask: Tensor | None

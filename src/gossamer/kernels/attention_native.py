@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places
+from gossamer.kernels.attention_labels import Labels
 from gossamer.kernels.attention_reference import Visibility
 from gossamer.kernels.native import VALUE_CODES, native, offers
 
@@ -108,16 +111,17 @@ def gather(
     return outputs, lse
 
 
-def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
+def label_topk(q: Tensor, k: Tensor | Labels, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
     """:func:`gossamer.kernels.attention_reference.label_topk`."""
-    q, k = adjacent(q), adjacent(k)
+    q, (held, of_k) = adjacent(q), _labels(k)
     mask = None if key_mask is None else key_mask.contiguous()
     found = torch.empty(q.shape[0], q.shape[1] if pooling is None else k.shape[1], count, dtype=torch.int64)
     address = 0 if mask is None else mask.data_ptr()
     native().attention_label_topk(
-        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), _heads(k), _POOLINGS[pooling], address, count),
+        *(q.shape[0], q.shape[1], k.shape[1], _heads(q), *of_k, _POOLINGS[pooling], address, count),
         *(found.data_ptr(), torch.get_num_threads()),
     )
+    del held
     return found
 
 
@@ -131,14 +135,16 @@ def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale:
     """
     outputs = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     channels, k_labels, count, newest, mask, pooling = choice
-    (q, of_q), (k, of_k), (v, of_v), (k_labels, of_labels) = map(_laid_out, (q, k, v, k_labels))
+    (q, of_q), (k, of_k), (v, of_v) = map(_laid_out, (q, k, v))
+    held, of_labels = _labels(k_labels)
     channels = channels if channels.is_contiguous() else channels.contiguous()
     mask = None if mask is None else mask.contiguous()
     exist = native().attention_by_labels(
-        *(q.shape[0], q.shape[1], k.shape[1], of_q, of_k, of_v, channels.data_ptr(), of_labels),
+        *(q.shape[0], q.shape[1], k.shape[1], of_q, of_k, of_v, channels.data_ptr(), *of_labels),
         *(k_labels.shape[1], _POOLINGS[pooling], 0 if mask is None else mask.data_ptr(), count, newest, scale),
         *(torch.get_num_threads(), _heads(outputs)),
     )
+    del held
     if not exist:
         check_channels(channels, q)
     return outputs
@@ -160,6 +166,19 @@ def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         x = adjacent(x)
         return x, _heads(x)
     return x, (x.data_ptr(), batch, head, vector, *x.shape[2:], VALUE_CODES[x.dtype])
+
+
+def _labels(k: Tensor | Labels) -> tuple[Any, tuple[tuple[int, ...], tuple[Any, ...]]]:
+    """Labels for compiled code: what they are and how they lie, and where their codes are if they are rounded."""
+    if isinstance(k, Tensor):
+        k, there = _laid_out(k)
+        return k, (there, ())
+    codes, low, step = k.parts()
+    if codes.stride(3) != 1:
+        codes = codes.contiguous()
+    (low, of_low), (step, of_step) = _laid_out(low), _laid_out(step)
+    rounded = (codes.data_ptr(), *codes.stride()[:3], k.bits, of_low, of_step)
+    return (codes, low, step), ((0, 0, 0, 0, k.shape[2], k.channels, VALUE_CODES[step.dtype]), rounded)
 
 
 def _problem(q: Tensor, k: Tensor, visible: Visibility, scale: float) -> tuple[tuple[float, ...], list[Tensor]]:

@@ -9,6 +9,7 @@ from gossamer.kernels import attention_native as compiled
 from gossamer.kernels import attention_reference as reference
 from gossamer.kernels import attention_triton as graphics
 from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places
+from gossamer.kernels.attention_labels import Labels, of_values
 from gossamer.kernels.attention_reference import Visibility
 
 
@@ -68,9 +69,9 @@ def gather(
         return chosen.gather(q, k, v, indices, counts, scale)
 
 
-def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
+def label_topk(q: Tensor, k: Tensor | Labels, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
     """The keys whose labels agree best with the queries'."""
-    if count and compiled.suits("attention_label_topk", q, k):
+    if count and compiled.suits("attention_label_topk", q, of_values(k)):
         return compiled.label_topk(q, k, count, key_mask, pooling)
     with torch.no_grad():
         return reference.label_topk(q, k, count, key_mask, pooling)
@@ -85,12 +86,12 @@ def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale:
         If there is no such channel.
     """
     channels, k_labels, count, newest, key_mask, pooling = choice
-    if count and compiled.suits("attention_by_labels", q, k, v, k_labels):
+    if count and compiled.suits("attention_by_labels", q, k, v, of_values(k_labels)):
         return compiled.label_attention(q, k, v, choice, scale)
     check_channels(channels, q)
     if count:
         by_head = channels.repeat_interleave(q.shape[1] // len(channels), 0)
-        labels = q.gather(-1, by_head[None, :, None].expand(len(q), -1, -1, -1)).to(k_labels.dtype)
+        labels = q.gather(-1, by_head[None, :, None].expand(len(q), -1, -1, -1)).to(of_values(k_labels).dtype)
         chosen = label_topk(labels, k_labels, count, key_mask, pooling)
     else:
         chosen = torch.empty(len(q), k_labels.shape[1], 0, dtype=torch.int64, device=q.device)

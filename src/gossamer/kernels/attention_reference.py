@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gossamer.kernels.attention_labels import Labels
+
 _CHUNK = 1 << 24  # scores that are in memory at a time
 
 
@@ -160,10 +162,11 @@ def gather(
     return grouped_product(shares, values).to(q.dtype), lse
 
 
-def label_topk(q: Tensor, k: Tensor, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
+def label_topk(q: Tensor, k: Tensor | Labels, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
     """The keys of the highest scores, ascending; of equal ones the lower, and NaN above all."""
     dtype = wide(q.dtype)
-    scores = grouped_product(q.to(dtype), k.to(dtype).mT)[:, :, 0]
+    labels = k.values(dtype) if isinstance(k, Labels) else k.to(dtype)
+    scores = grouped_product(q.to(dtype), labels.mT)[:, :, 0]
     if pooling is not None:
         shared = scores.unflatten(1, (k.shape[1], -1))
         scores = shared.sum(2) if pooling == "sum" else shared.amax(2)

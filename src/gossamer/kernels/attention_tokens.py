@@ -11,6 +11,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.kernels import attention_operators as operators
 from gossamer.kernels import attention_passes as passes
 from gossamer.kernels.attention_inputs import LabelChoice, check_heads, check_indices, check_key_mask, scale_of
+from gossamer.kernels.attention_labels import Labels, of_values
 from gossamer.kernels.attention_reference import grouped_product, wide
 
 
@@ -62,7 +63,7 @@ def gather_attention(
 
 def label_topk(
     q_labels: Tensor,
-    k_labels: Tensor,
+    k_labels: Tensor | Labels,
     count: int,
     *,
     key_mask: Tensor | None = None,
@@ -75,7 +76,8 @@ def label_topk(
     q_labels
         ``(batch, heads, labels)``.
     k_labels
-        ``(batch, heads or key heads, keys, labels)``.
+        ``(batch, heads or key heads, keys, labels)``; of 4 or 8 bits as :func:`make_labels` of
+        :mod:`gossamer.kernels.attention_labels` rounds them, which are read as they lie.
     count
         How many keys to choose, at least 1; at most all are.
     key_mask
@@ -96,12 +98,14 @@ def label_topk(
         If shapes, dtypes or count do not fit.
     """
     queries = q_labels.unsqueeze(2) if q_labels.dim() == 3 else q_labels
-    check_heads(queries, k_labels)
-    check_key_mask(key_mask, k_labels)
+    k_labels, like = _held(k_labels), of_values(k_labels)
+    check_heads(queries, like)
+    check_key_mask(key_mask, like)
     _check_choice(queries, count, pooling, 1)
     count = min(count, k_labels.shape[2])
     if torch.compiler.is_compiling():
-        return operators.label_topk(queries, k_labels, count, key_mask, pooling)
+        plain = k_labels.values() if isinstance(k_labels, Labels) else k_labels
+        return operators.label_topk(queries, plain, count, key_mask, pooling)
     return passes.label_topk(queries, k_labels, count, key_mask, pooling)
 
 
@@ -110,7 +114,7 @@ def label_attention(
     k: Tensor,
     v: Tensor,
     channels: Tensor,
-    k_labels: Tensor,
+    k_labels: Tensor | Labels,
     count: int,
     *,
     newest: bool = False,
@@ -131,7 +135,8 @@ def label_attention(
         ``(key heads or heads, labels)`` int64: the channels of a query that are its labels, rounded to the dtype of
         those of keys.
     k_labels
-        ``(batch, as many heads as channels has, keys, labels)``. With `newest`, the last key has none.
+        ``(batch, as many heads as channels has, keys, labels)``, as in :func:`label_topk`. With `newest`, the last key
+        has none.
     count
         How many keys to choose by labels, at least 1, or 0 with `newest`; at most all are.
     newest
@@ -149,26 +154,31 @@ def label_attention(
     ConfigurationError
         If shapes, dtypes or count do not fit, or a channel lies outside the head.
     """
+    k_labels, like = _held(k_labels), of_values(k_labels)
     check_heads(q, k, v)
-    check_key_mask(key_mask, k_labels)
+    check_key_mask(key_mask, like)
     _check_choice(q, count, pooling, 0 if newest else 1)
     heads, keys = q.shape[1], k.shape[2] - newest
     wanted = (q.shape[0], channels.shape[0], keys, channels.shape[-1])
     fits = channels.ndim == 2 and channels.dtype == torch.int64 and channels.device == q.device
-    if not fits or len(channels) not in (heads, k.shape[1]) or k_labels.shape != wanted:
+    if not fits or len(channels) not in (heads, k.shape[1]) or like.shape != wanted:
         raise ConfigurationError(
-            f"channels is {tuple(channels.shape)} {channels.dtype} and k_labels {tuple(k_labels.shape)}; "
+            f"channels is {tuple(channels.shape)} {channels.dtype} and k_labels {tuple(like.shape)}; "
             f"q {tuple(q.shape)} and k {tuple(k.shape)} take ({k.shape[1]} or {heads}, labels) int64 and "
             f"({len(q)}, as many, {keys}, labels)"
         )
-    if not k_labels.is_floating_point() or k_labels.device != q.device:
-        raise ConfigurationError(
-            f"k_labels is {k_labels.dtype} on {k_labels.device}; it must be floating-point on {q.device}"
-        )
+    if not like.is_floating_point() or like.device != q.device:
+        raise ConfigurationError(f"k_labels is {like.dtype} on {like.device}; it must be floating-point on {q.device}")
     choice, factor = LabelChoice(channels, k_labels, min(count, keys), newest, key_mask, pooling), scale_of(q, scale)
     if torch.compiler.is_compiling():
-        return operators.label_attention(q, k, v, *choice, factor)
+        plain = k_labels.values() if isinstance(k_labels, Labels) else k_labels
+        return operators.label_attention(q, k, v, *choice._replace(k_labels=plain), factor)
     return passes.label_attention(q, k, v, choice, factor)
+
+
+def _held(k_labels: Tensor | Labels) -> Tensor | Labels:
+    """Labels that are not rounded as a tensor."""
+    return k_labels.codes if isinstance(k_labels, Labels) and k_labels.low is None else k_labels
 
 
 def _check_choice(queries: Tensor, count: int, pooling: str | None, least: int) -> None:
