@@ -23,6 +23,7 @@ from gossamer.kernels.attention import (
     block_sparse_attention,
     label_attention,
 )
+from gossamer.kernels.attention_labels import Labels, make_labels
 from gossamer.kernels.native import instruction_set
 from gossamer.measure import Timing, interleave
 from gossamer.models.attention_sites import AttentionCall
@@ -136,19 +137,24 @@ def _xattention(call: AttentionCall) -> tuple[XAttention, float]:
 
 
 def _decode(options: Options, dtype: torch.dtype) -> list[Row]:
-    return [_step(options, heads, dtype) for heads in (8, 32)]
+    return [row for heads in (8, 32) for row in _step(options, heads, dtype)]
 
 
-def _step(options: Options, heads: int, dtype: torch.dtype) -> Row:
+def _step(options: Options, heads: int, dtype: torch.dtype) -> list[Row]:
     tokens = 2048 if options.quick else _CONTEXT
     size, shared = 128, 8
     labels, count = size // _KEPT, tokens // _KEPT
     q = _draw(1, heads, 1, size, seed=0).to(dtype)
     k, v = (_draw(1, shared, tokens, size, seed=seed).to(dtype) for seed in (1, 2))
-    k_labels, channels = k[..., :labels].contiguous(), torch.arange(labels).repeat(shared, 1)
+    channels = torch.arange(labels).repeat(shared, 1)
+    by_bits = {bits: make_labels(k[..., :labels].contiguous(), bits) for bits in (16, 4)}
+
+    def step(k_labels: Labels) -> Callable[[], object]:
+        return lambda: label_attention(q, k, v, channels, k_labels, count)
+
     runs: dict[str, Callable[[], object]] = {
         "torch": lambda: scaled_dot_product_attention(q, k, v, enable_gqa=heads != shared),
-        "ours": lambda: label_attention(q, k, v, channels, k_labels, count),
+        **{f"{bits} bits": step(k_labels) for bits, k_labels in by_bits.items()},
     }
     seconds = interleave(runs, repeats=3 if options.quick else 15, warmup=2)
     case = (
@@ -156,8 +162,12 @@ def _step(options: Options, heads: int, dtype: torch.dtype) -> Row:
         f"{torch.get_num_threads()} threads, {instruction_set()}"
     )
     operation = f"decode step, 1/{_KEPT} of tokens by 1/{_KEPT} of channels, choice included"
-    share = (labels * tokens + 2 * count * size) / (2 * tokens * size)
-    return _row(operation, "ours", case=case, seconds=seconds, options=options, bar=DECODE_BAR, share=share)
+    row = partial(_row, operation, seconds=seconds, options=options, bar=DECODE_BAR)
+    whole = 2 * k.nbytes
+    return [
+        row(f"{bits} bits", case=f"{case}, labels of {bits} bits", share=k_labels.nbytes / whole + 1 / _KEPT)
+        for bits, k_labels in by_bits.items()
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:
