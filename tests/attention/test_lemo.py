@@ -204,7 +204,7 @@ def test_scores_are_the_attention_that_a_block_receives():
         edges = [(b * 4, min(b * 4 + 4, n)) for b in range(blocks)]
         mean = [shares[item, :, a:z].sum() / (n - a) * blocks for a, z in edges]
         best = [shares[item].sum(0)[a:z].max() * 4 / (n - a) * blocks for a, z in edges]
-        own = [shares[item, a:z, a:z].sum() / (z - a) * blocks for a, z in edges]
+        own = [shares[item, a:z, a:z].sum() / (z - a) * (b + 1) for b, (a, z) in enumerate(edges)]
         for expected, options in ((mean, {}), (best, {"pooled": "max"}), (own, {"causal": True})):
             found = attention_received(call, 4, real, **options)[item, :blocks]
             torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
@@ -288,18 +288,35 @@ def test_a_cache_that_training_would_fill_is_left_empty(model, tokens):
 
 def test_causal_decisions_do_not_look_ahead(tokens):
     model = llama(initializer_range=0.5)  # that it attends to something
-    rules = config(scores="attention", thresholds=(0.9, 0.9, 0.9), causal=True)
     later = tokens.clone()
     later[:, 24:] = (later[:, 24:] + 11) % 50
     model.eval()
     one, other = tokens[:1], later[:1]
-    for causal in (True, False):
-        with apply_token_sparsity(model, TokenSparseConfig(**{**rules.__dict__, "causal": causal})) as sparsity:
+    for causal, threshold in ((True, 0.7), (False, 0.9)):
+        rules = config(scores="attention", thresholds=(threshold,) * 3, causal=causal)
+        with apply_token_sparsity(model, rules) as sparsity:
             with always(sparsity), torch.no_grad():
                 first, second = model(one, use_cache=False).logits, model(other, use_cache=False).logits
             assert 0.3 < sparsity.report.share < 1
         same = torch.allclose(first[:, :24], second[:, :24], atol=1e-10)
         assert same == causal
+
+
+@pytest.mark.parametrize("scores", ["attention", "predicted"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_causal_decisions_do_not_depend_on_how_much_follows(scores, first):
+    model = llama(initializer_range=0.5).eval()
+    torch.manual_seed(0)
+    predictors = [BlockPredictor(32, 4, seed=layer) for layer in range(3)]
+    for predictor in predictors:
+        predictor.distance.data.normal_()
+    rules = config(scores=scores, thresholds=(0.7,) * 3, causal=True, keep_first=first, keep_last=0)
+    tokens = torch.randint(50, (1, 160))
+    with apply_token_sparsity(model, rules, predictors) as sparsity, always(sparsity), torch.no_grad():
+        alone = model(tokens[:, :48], use_cache=False).logits
+        assert 0.3 < sparsity.report.share < 1
+        for length in (80, 160):
+            torch.testing.assert_close(model(tokens[:, :length], use_cache=False).logits[:, :48], alone)
 
 
 def planted(count=40, blocks=12, width=16, seed=0):
@@ -518,6 +535,7 @@ def test_bad_input_is_named(model, tokens):
         ({"block": 0}, "block is 0"),
         ({"share": 0}, "share is 0"),
         ({"share": 1.5}, "share is 1.5"),
+        *(({"share": share}, f"share is {share!r}") for share in (True, None, "a")),
         ({"keep_last": -1}, "keep_last is -1"),
         ({"thresholds": (float("nan"),)}, "thresholds are"),
         ({"causal": True}, "need thresholds"),

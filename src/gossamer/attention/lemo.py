@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from gossamer.attention.base import check_share
 from gossamer.attention.lemo_predictors import BlockPredictor, blocks_that_exist, pool_blocks
 from gossamer.attention.lemo_scores import Pooling, attention_call, attention_received
 from gossamer.attention.token_sparse_layers import KeptTokens, LayerCall, TokenSparseLayers
@@ -69,8 +70,9 @@ class TokenSparseConfig:
         What decides: ``predicted`` informativeness, ``attention`` itself (an oracle: it is computed for all tokens),
         ``random``, or ``recent``, the last blocks.
     causal
-        Whether no later block takes part in the decision about a block. A share would compare it with later ones, so
-        that thresholds are needed.
+        Whether no later block takes part in the decision about a block, but for `keep_last` and labels. A share would
+        compare it with later ones, so that thresholds are needed; whether any later one will be kept is not known, so
+        that the first always is.
     loss_layers
         Final layers in which positions that bear a label are always kept; all positions, where nobody has told
         which ones do.
@@ -99,7 +101,7 @@ class TokenSparseConfig:
         for name in ("keep_first", "keep_last", "loss_layers"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        check_keep_share(self.share)
+        check_share(self.share, "share")
         for name, kinds in (("scores", Scores), ("pooled", Pooling)):
             if getattr(self, name) not in get_args(kinds):
                 raise UnknownNameError(name, str(getattr(self, name)), get_args(kinds))
@@ -220,7 +222,7 @@ class TokenSparsity:
         if exists is None:
             exists = call.hidden.new_ones(1, blocks, dtype=torch.bool)
         rank = exists.long().cumsum(1)
-        ends = (rank <= config.keep_first) | (rank > rank[:, -1:] - config.keep_last)
+        ends = (rank <= max(config.keep_first, int(config.causal))) | (rank > rank[:, -1:] - config.keep_last)
         if call.layer >= len(self._layers.stack.blocks) - config.loss_layers:
             labelled = blocks_that_exist(call.labelled, config.block)
             ends = torch.ones_like(ends) if labelled is None else ends | labelled
@@ -331,19 +333,6 @@ def expanded(keep: Tensor, block: int, real: Tensor | None, length: int) -> Tens
 def _best(scores: Tensor) -> Tensor:
     """The best block of each sequence."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argmax(1, keepdim=True), True)
-
-
-def check_keep_share(share: float) -> float:
-    """Return a share of kept blocks if it lies in (0, 1].
-
-    Raises
-    ------
-    ConfigurationError
-        If it does not.
-    """
-    if not 0 < share <= 1:
-        raise ConfigurationError(f"share is {share!r}; it must be in (0, 1], where 1 keeps all tokens")
-    return share
 
 
 @contextmanager

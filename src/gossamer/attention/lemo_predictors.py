@@ -63,7 +63,7 @@ class BlockPredictor(nn.Module):
         return len(self.queries)
 
     def forward(self, pooled: Tensor, exists: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Predicted informativeness in units of the average block.
+        """Predicted informativeness in units of the average block, or with `causal` of the average block so far.
 
         Parameters
         ----------
@@ -90,7 +90,7 @@ class BlockPredictor(nn.Module):
         allowed = allowed & exists[:, None]
         shares = scores.masked_fill(~allowed, -1e9).softmax(-1) * exists[..., None]
         if causal:
-            return shares.diagonal(dim1=1, dim2=2) * exists.sum(-1, keepdim=True)
+            return shares.diagonal(dim1=1, dim2=2) * exists.cumsum(-1)
         seen = exists.flip(-1).cumsum(-1).flip(-1).clamp_min(1)
         return shares.sum(1) / seen * exists.sum(-1, keepdim=True)
 

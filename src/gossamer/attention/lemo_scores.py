@@ -85,7 +85,8 @@ def attention_received(
     pooled
         ``mean``: the block's tokens together. ``max``: as if all were like its most informative token.
     causal
-        Whether only the block's own queries count, so that no later token takes part in the decision.
+        Whether only the block's own queries count, and the average is that of the blocks so far, so that no later
+        token takes part in the decision.
 
     Raises
     ------
@@ -108,11 +109,11 @@ def attention_received(
     else:
         mass = mass[..., None]
     queries = _counts(mask, mass, length, block)
+    exists = queries > 0
     if causal:
-        received, seen = mass.diagonal(dim1=1, dim2=2).amax(1), queries
-    else:
-        received, seen = mass.sum(1).amax(-1), queries.flip(-1).cumsum(-1).flip(-1)
-    return received / seen.clamp_min(1) * (queries > 0).sum(-1, keepdim=True)
+        return mass.diagonal(dim1=1, dim2=2).amax(1) / queries.clamp_min(1) * exists.cumsum(-1)
+    seen = queries.flip(-1).cumsum(-1).flip(-1)
+    return mass.sum(1).amax(-1) / seen.clamp_min(1) * exists.sum(-1, keepdim=True)
 
 
 def _counts(mask: Tensor | None, mass: Tensor, length: int, block: int) -> Tensor:
