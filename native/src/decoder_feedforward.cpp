@@ -29,9 +29,10 @@ void Decoder::Run::activate_rows(const Member& self, const Layer& layer) const {
     product(layer.gate, rows, inputs, {gates_, stride});
     if (fires(layer)) return fire(self, layer, rows, inputs, stride);
     product(layer.up, rows, inputs, {ups_, stride});
-    for (int token = 0; token < self.tokens; ++token)
-      kernels_.steps.activate(layer.activation, gates_ + token * stride + rows.first, ups_ + token * stride + rows.first,
-                              rows.last - rows.first);
+    for (int token = 0; token < self.tokens; ++token) {
+      const std::int64_t place = token * stride + rows.first;
+      kernels_.steps.activate(layer.activation, gates_ + place, ups_ + place, rows.last - rows.first);
+    }
   });
 }
 

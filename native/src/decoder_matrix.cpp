@@ -128,7 +128,8 @@ void Matrix::multiply_some(const Kernels& kernels, const std::int32_t* places, s
     for (std::int64_t k = 0; k < count; ++k) outputs.data[b * outputs.stride + places[k]] += bias[places[k]];
 }
 
-void Matrix::multiply_exactly(const Kernels& kernels, Range wanted, const Inputs& inputs, const Outputs& outputs) const {
+void Matrix::multiply_exactly(const Kernels& kernels, Range wanted, const Inputs& inputs,
+                              const Outputs& outputs) const {
   std::vector<float> weights(static_cast<std::size_t>(padded(columns)), 0.0f);
   for (std::int64_t row = wanted.first; row < wanted.last; ++row) {
     expand_row(kernels, row, weights.data());
@@ -157,8 +158,9 @@ void Matrix::expand_row(const Kernels& kernels, std::int64_t row, float* target)
 
 void Matrix::add_bias(const Kernels& kernels, Range wanted, int count, const Outputs& outputs) const {
   if (!bias) return;
+  const auto [first, last] = wanted;
   for (int b = 0; b < count; ++b)
-    kernels.steps.add(outputs.data + b * outputs.stride + wanted.first, bias + wanted.first, wanted.last - wanted.first);
+    kernels.steps.add(outputs.data + b * outputs.stride + first, bias + first, last - first);
 }
 
 }  // namespace gossamer

@@ -42,7 +42,9 @@ Matrix matrix_of(nb::handle given) {
   matrix.bias = at<float>(parts[5]);
   switch (matrix.kind) {
     case Matrix::Kind::none: break;
-    case Matrix::Kind::dense: matrix.dense = {matrix.columns, at<void>(parts[6]), at<float>(parts[7]), group, value}; break;
+    case Matrix::Kind::dense:
+      matrix.dense = {matrix.columns, at<void>(parts[6]), at<float>(parts[7]), group, value};
+      break;
     case Matrix::Kind::bitmask:
       matrix.bitmask = {matrix.columns,           at<std::uint64_t>(parts[6]), at<void>(parts[7]),
                         at<std::int64_t>(parts[8]), at<float>(parts[9]),         group,
@@ -141,9 +143,10 @@ void bind_decoder(nb::module_& m) {
            [](Decoder& self, Address tokens, int count, std::int64_t position, Address cache, std::int64_t capacity,
               int value, Address logits, bool every, int threads, bool exact) {
              nb::gil_scoped_release unlocked;
-             return self.step({reinterpret_cast<const std::int64_t*>(tokens), count, position,
-                               reinterpret_cast<float*>(logits), every, threads < 1 ? 1 : threads, exact, self.limited()},
-                              {reinterpret_cast<unsigned char*>(cache), capacity, static_cast<Value>(value)});
+             const Request request{reinterpret_cast<const std::int64_t*>(tokens), count, position,
+                                   reinterpret_cast<float*>(logits), every, threads < 1 ? 1 : threads, exact,
+                                   self.limited()};
+             return self.step(request, {reinterpret_cast<unsigned char*>(cache), capacity, static_cast<Value>(value)});
            })
       .def("cache_bytes",
            [](const Decoder& self, std::int64_t capacity, int value) {

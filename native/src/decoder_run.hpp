@@ -49,7 +49,8 @@ class Barrier {
 
 class Decoder::Run {
  public:
-  enum Kind { kRest, kMatrices, kAttention, kHead, kKinds };  // of work, as gossamer.runtime.program names them
+  // Kinds of work whose time is taken; gossamer.runtime.program names them in this order.
+  enum Work { kRest, kMatrices, kAttention, kHead, kKinds };
 
   Run(Decoder& decoder, const Request& request, const Cache& cache);
 
@@ -73,16 +74,15 @@ class Decoder::Run {
     unsigned char* values;
   };
 
-  void meet(const Member& self, Kind kind) {
+  void meet(const Member& self, Work done) {
     barrier_.wait(self.members);
     if (!decoder_.watching_ || self.number != 0) return;
     const auto now = std::chrono::steady_clock::now();
-    seconds_[kind] += std::chrono::duration<double>(now - before_).count();
+    seconds_[done] += std::chrono::duration<double>(now - before_).count();
     before_ = now;
   }
 
-  // decoder_run.cpp
-
+  // In decoder_run.cpp:
   void embed(const Member& self);
   void prepare(const Norm& norm, std::int64_t token);
   void add_results(const Member& self, const Matrix& last, const Norm& after, const Norm& next);
@@ -92,8 +92,7 @@ class Decoder::Run {
   void multiply_halves(const Member& self, const Matrix& matrix, const float* inputs, std::int64_t stride,
                        float* outputs, std::int64_t output_stride, float* others) const;
 
-  // decoder_attention.cpp
-
+  // In decoder_attention.cpp:
   std::int64_t partial_results() const;
   void attention(const Member& self, const Layer& layer, const LayerCache& cache);
   void turn_query(const Member& self, const Layer& layer, std::int64_t token, std::int64_t head);
@@ -107,8 +106,7 @@ class Decoder::Run {
               const float* queries, float* partial, std::int64_t stride) const;
   void put(const Layer& layer, std::int64_t token, std::int64_t head, const float* found);
 
-  // decoder_feedforward.cpp
-
+  // In decoder_feedforward.cpp:
   void feedforward(const Member& self, const Layer& layer, const Norm& next);
   void activate_rows(const Member& self, const Layer& layer) const;
   void activate_halves(const Member& self, const Layer& layer);
@@ -117,13 +115,13 @@ class Decoder::Run {
   // Whether `up` is computed for those neurons only whose gate lets them.
   bool fires(const Layer& layer) const { return request_.sparse && layer.gate_limits; }
 
-  // The tokens, heads and spans of a member, one after the other: use(index)
+  // Tokens, heads or spans are dealt out one by one, since there are few of them and they cost about the same.
   template <typename Use>
   static void each(const Member& self, std::int64_t count, Use&& use) {
     for (std::int64_t i = self.number; i < count; i += self.members) use(i);
   }
 
-  // The rows of a member: use(range), in pieces whose weights stay in the cache while all tokens use them
+  // use(rows) for what a member has of a matrix, in pieces whose weights stay in the cache while all tokens use them.
   template <typename Use>
   static void in_pieces(const Member& self, const Matrix& matrix, Use&& use) {
     const auto [first, last] = matrix.part(self.number);
@@ -136,8 +134,9 @@ class Decoder::Run {
     else matrix.multiply(kernels_, rows, inputs, outputs, request_.sparse);
   }
 
-  // Whether the live inputs of a matrix are divided into halves, and not only its rows: then a thread reads whole lines,
-  // or longer pieces of them, which memory gives sooner. How they are divided does not depend on the number of threads.
+  // Whether the live inputs of a matrix are divided into halves, and not only its rows: then a thread reads whole
+  // lines, or longer pieces of them, which memory gives sooner. How they are divided does not depend on the number of
+  // threads.
   static bool halved(const Member& self, const Matrix& matrix) {
     return self.tokens == 1 && matrix.kind == Matrix::Kind::channels;
   }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +223,20 @@ def test_every_storage_computes_what_its_dense_weights_compute(pack: str, name: 
     # an input between two numbers of eight bits may be rounded either way
     bound = 1e-2 if pack.startswith(("four bits", "groups")) else 2e-5
     assert relative_difference(read(program, tokens, 20), expected_logits(model, tokens)) < bound
+
+
+@pytest.mark.parametrize("pack", ["blocks of 16", "bitmask int8"])
+def test_a_pool_that_grants_fewer_threads_than_were_asked_for_changes_nothing(pack: str) -> None:
+    code = f"""
+import torch
+from test_program import PACKS, DecodeProgram, make, read, text
+
+program = DecodeProgram.of(make("llama"), 32, lambda _, weight: PACKS[{pack!r}](weight))
+assert torch.equal(read(program, text(20), 5, threads=3), read(program, text(20), 5, threads=1))
+"""
+    # a limit that OpenMP looks at when it is loaded
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parent)
 
 
 def halved(weight: Tensor) -> Tensor:
