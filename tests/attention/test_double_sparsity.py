@@ -410,9 +410,17 @@ def test_an_order_can_be_given_and_is_kept_by_copies(model, tokens, tmp_path):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_prompt_read_in_inference_mode_can_be_decoded_outside_of_it(model, tokens, bits):
-    rules = DoubleSparsity(tokens=9, channels=4, dense_layers=(0,), label_bits=bits)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DoubleSparsity, {"label_bits": 8}),
+        (DoubleSparsity, {"label_bits": 16}),
+        (OffloadedDoubleSparsity, {"place": "host"}),
+        (OffloadedDoubleSparsity, {"place": "mapped"}),
+    ],
+)
+def test_a_prompt_read_in_inference_mode_can_be_decoded_outside_of_it(model, tokens, kind, options):
+    rules = kind(tokens=9, channels=4, dense_layers=(0,), **options)
     rules.calibrate(model, [tokens], progress=False)
     found = []
     for reading in (torch.inference_mode, torch.no_grad):

@@ -44,21 +44,14 @@ class OffloadedLayer(LabelLayer):
         super().__init__(order, bits)
         self.place, self.folder = place, folder
 
-    def _grow(self, needed: int, *states: Tensor) -> None:
-        capacity = max(256, 2 * needed)
-        grown = [self._empty((*state.shape[:-2], capacity, state.shape[-1]), state.dtype) for state in states]
-        for memory, old in zip(grown, (self.keys, self.values)):
-            if old is not None and old.numel():
-                memory[..., : old.shape[-2], :] = old
-        self._memory = (grown[0], grown[1])
-
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    @torch.inference_mode(False)  # see room_for_tokens
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        shape, dtype = torch.Size((*like.shape[:-2], capacity, like.shape[-1])), like.dtype
         if self.place != "mapped":
             return torch.empty(shape, dtype=dtype, pin_memory=self.place == "pinned")
-        size = int(torch.Size(shape).numel())
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="gossamer-") as file:
-            file.truncate(size * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(shape)
+            file.truncate(shape.numel() * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=dtype).view(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write tokens; returns all of them, where they lie, or those of a prompt as they came."""

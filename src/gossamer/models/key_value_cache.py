@@ -55,11 +55,15 @@ class RewritableLayer(DynamicLayer):
 
     def _grow(self, needed: int, *states: Tensor) -> None:
         capacity = max(_FIRST_CAPACITY, 2 * needed)
-        grown = [room_for_tokens(state, capacity) for state in states]
+        grown = [self._room(state, capacity) for state in states]
         for memory, old in zip(grown, (self.keys, self.values)):
             if old is not None and old.numel():
                 memory[..., : old.shape[-2], :] = old
         self._memory = (grown[0], grown[1])
+
+    def _room(self, like: Tensor, capacity: int) -> Tensor:
+        """Memory as of :func:`room_for_tokens`, wherever this layer keeps it."""
+        return room_for_tokens(like, capacity)
 
 
 def rewritable(cache: Any) -> Any:
