@@ -5,8 +5,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gossamer.attention.adaspa import AdaSpa
 from gossamer.attention.base import Answer
 from gossamer.attention.pattern_trace import PatternTrace, correlation, overlap
+from gossamer.attention.re_ttention import Rettention
 from gossamer.attention.sparsed import SparseD
 from gossamer.attention.state import StepCache, StepwiseAttention
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
@@ -129,6 +131,21 @@ def test_causal_attention_is_refused_and_cross_attention_left_alone():
     call = a_call()
     crossing = AttentionCall(0, call.query, call.key[:, :, :3], call.value[:, :, :3], 0.5, False)
     assert method.attend(crossing) is None
+
+
+@pytest.mark.parametrize("factory", [SparseD, AdaSpa, Rettention, Zero])
+def test_a_call_outside_of_a_sample_is_refused(factory):
+    call, method = a_call(), factory()
+    with pytest.raises(ConfigurationError, match=r"call begin\(steps\) and step\(0\) first"):
+        method.attend(call)
+    method.begin(4)
+    with pytest.raises(ConfigurationError, match=r"call step\(0\) first"):
+        method.attend(call)
+    method.step(0)
+    method.attend(call)
+    method.reset()
+    with pytest.raises(ConfigurationError, match=r"call begin\(steps\) and step\(0\) first"):
+        method.attend(call)
 
 
 def test_a_method_stands_in_for_torchs_attention():

@@ -86,7 +86,7 @@ class StepCache:
 
     def put(self, call: AttentionCall, name: str, value: Any) -> None:
         """Remember a value for the layer of a call, in the place of an earlier one."""
-        self._check()
+        self.check()
         self._values[call.layer, self.branch, name] = Remembered(value, self.index, tuple(call.query.shape[:3]))
 
     def find(self, call: AttentionCall, name: str) -> Remembered | None:
@@ -97,7 +97,7 @@ class StepCache:
         ConfigurationError
             If it was found for another batch, number of heads or length, or no sample has begun.
         """
-        self._check()
+        self.check()
         found = self._values.get((call.layer, self.branch, name))
         shape = tuple(call.query.shape[:3])
         if found is not None and found.shape != shape:
@@ -138,7 +138,14 @@ class StepCache:
         self._values.clear()
         self.steps, self.index, self.branch, self.context = 0, -1, "", slice(0, 0)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse calls outside of a step.
+
+        Raises
+        ------
+        ConfigurationError
+            If no sample or no step has begun.
+        """
         if self.index < 0:
             what = "step(0)" if self.steps else "begin(steps) and step(0)"
             raise ConfigurationError(f"attention is called before the first step of a sample; call {what} first")
@@ -187,7 +194,7 @@ class StepwiseAttention(SparseAttention, ABC):
         Raises
         ------
         ConfigurationError
-            If attention is causal, or the order of steps is not kept.
+            If attention is causal, no step has begun, or the order of steps is not kept.
         """
         if call.layer in self.dense_layers or call.query.shape[2] != call.key.shape[2]:
             return None
@@ -196,6 +203,7 @@ class StepwiseAttention(SparseAttention, ABC):
                 f"attention of layer {call.layer} is causal; {type(self).__name__} is for models that see both "
                 "directions: pass is_causal=False, or use a method for causal models"
             )
+        self.cache.check()
         return self.mix(call)
 
     @abstractmethod
