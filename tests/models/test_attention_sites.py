@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from gossamer.errors import ModelError
+from gossamer.models import attention_sites
 from gossamer.models.attention_sites import AttentionSite
 
 
@@ -169,6 +170,53 @@ def test_a_batch_padded_beyond_its_longest_sequence_is_still_a_call(family, requ
     found, calls = seen(model, lambda: model(tokens, attention_mask=mask)[0])
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
     assert [call.key_mask.equal(mask.bool()) for call in calls] == [True] * 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [lambda mask: mask[..., :3].fill_(False), lambda mask: mask[..., 9, 4].fill_(False)])
+def test_a_mask_that_is_changed_in_place_is_read_again(tiny_llama, mode, change):
+    tokens = ids((2, 12))
+    with mode():
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+        expected = [tiny_llama(tokens, attention_mask=mask).logits]
+        change(mask)
+        expected.append(tiny_llama(tokens, attention_mask=mask).logits)
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+        site = AttentionSite(tiny_llama, lambda call: call.dense())
+        found = [tiny_llama(tokens, attention_mask=mask).logits]
+        change(mask)
+        found.append(tiny_llama(tokens, attention_mask=mask).logits)
+    site.remove()
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours[:, 3:], theirs[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_for_the_whole_batch_is_one_for_every_sequence(tiny_llama):
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    mask[..., :3] = False
+    _, calls = seen(tiny_llama, lambda: tiny_llama(ids((2, 12)), attention_mask=mask))
+    assert [call.key_mask.tolist() for call in calls] == [[[False] * 3 + [True] * 9] * 2] * 3
+
+
+def test_layers_with_and_without_a_window_read_one_mask_each_for_itself(sliding):
+    tokens = ids((1, 12))
+    mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), mask)
+    with torch.no_grad():
+        expected = sliding(tokens, attention_mask=masks).logits
+    found, calls = seen(sliding, lambda: sliding(tokens, attention_mask=masks).logits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert [call.layer for call in calls] == [1]
+
+
+def test_a_mask_is_parsed_once_for_all_layers_that_ask_the_same(tiny_llama, monkeypatch):
+    parsed, parse = [], attention_sites.parse_mask
+    monkeypatch.setattr(attention_sites, "parse_mask", lambda *args: parsed.append(args) or parse(*args))
+    tokens, mask = padded("left")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            seen(tiny_llama, lambda: tiny_llama(tokens, attention_mask=mask))
+    assert len(parsed) == 2
 
 
 def test_a_mask_that_biases_scores_is_not_taken_for_causality(tiny_llama):

@@ -163,15 +163,37 @@ class AttentionSite:
         call = replace(call, module=module)
         if mask is None:
             return call
-        if mask not in self._parsed:
-            self._parsed[mask] = parse_mask(mask, query.shape[2], causal, window)
-        parsed = self._parsed[mask]
+        parsed = self._parse(mask, query.shape[2], causal, window)
         if parsed is None:
             if self.masked is not None:
                 self.masked(call, mask)
             return None
         real, length = parsed
+        if real is not None:
+            real = real.expand(len(query), -1).contiguous()
         return replace(call, key=key[:, :, :length], value=value[:, :, :length], key_mask=real)
+
+    def _parse(self, mask: Tensor, *about: Any) -> tuple[Tensor | None, int] | None:
+        """As :func:`parse_mask`, once for all layers that ask the same, until the mask is written to."""
+        parsed = self._parsed.get(mask)
+        if parsed is None or not parsed.holds(mask):
+            parsed = self._parsed[mask] = _Parsed(mask)
+        if about not in parsed.found:
+            parsed.found[about] = parse_mask(mask, *about)
+        return parsed.found[about]
+
+
+class _Parsed:
+    """What a mask says to calls of each kind, and by what it is seen that this still holds."""
+
+    def __init__(self, mask: Tensor):
+        # tensors of inference mode have no version
+        self.state = mask.clone() if mask.is_inference() else mask._version
+        self.found: dict[tuple[Any, ...], tuple[Tensor | None, int] | None] = {}
+
+    def holds(self, mask: Tensor) -> bool:
+        """Whether the mask was not written to since."""
+        return torch.equal(mask, self.state) if isinstance(self.state, Tensor) else mask._version == self.state
 
 
 _NAME = "gossamer"
