@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 from gossamer.activations.base import install
 from gossamer.activations.chess import Chess
@@ -319,3 +320,84 @@ def test_the_device_says_which_product_is_taken(monkeypatch):
     assert installed._product(torch.device("cuda")) is None
     monkeypatch.setattr(installed.channels_triton, "triton", object())
     assert installed._product(torch.device("cuda")) is installed.channels_triton.input_sparse
+
+
+def gradients_and_counts(model, inputs):
+    model.zero_grad()
+    sum(model(**each, labels=each["input_ids"], use_cache=False).loss for each in inputs).backward()
+    sites = model._activation_rules.sites
+    counted = {name: (int(site.tally.live), site.tally.tokens) for name, site in sites.items()}
+    model._activation_rules.reset()
+    return [parameter.grad for parameter in model.parameters()], counted
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", [Teal, RSparse])
+def test_checkpointing_computes_again_with_the_dense_tokens_of_its_call(tiny_llama, batches, method, reentrant):
+    sparsifier = method(sparsity=0.5, dense_prefill=0.4)
+    sparsifier.calibrate(tiny_llama, batches, progress=False)
+    mask = torch.ones_like(batches[0][:2, :12])
+    mask[1, :5] = 0
+    inputs = [
+        {"input_ids": batches[0][:2, :12], "attention_mask": mask},
+        {"input_ids": batches[1][:2, :12]},
+    ]
+    tiny_llama.train()
+    with sparsifier.active(tiny_llama) as installed:
+        expected, counted = gradients_and_counts(tiny_llama, inputs)
+        tiny_llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+        found, counted_again = gradients_and_counts(tiny_llama, inputs)
+        assert all(site._rest is None for site in installed.sites.values())
+    assert counted_again == counted
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["mlp", "down_proj"])
+def test_checkpointing_of_parts_is_exact_as_well(tiny_llama, batches, part):
+    tiny_llama.train()
+    ids = batches[0][:1, :8]
+    with at_half(tiny_llama, batches, dense_prefill=0.5).active(tiny_llama):
+        tiny_llama(ids, labels=ids).loss.backward()
+        mlp = tiny_llama.model.layers[1].mlp
+        wanted, mlp.gate_proj.weight.grad = mlp.gate_proj.weight.grad, None
+        module = mlp if part == "mlp" else mlp.down_proj
+        forward = module.forward
+        module.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+        tiny_llama(ids, labels=ids).loss.backward()
+        assert torch.allclose(mlp.gate_proj.weight.grad, wanted, atol=1e-6)
+
+
+def test_what_is_computed_again_from_copies_is_refused(tiny_llama, batches):
+    tiny_llama.train()
+    tiny_llama.activation_checkpointing_enable({"use_reentrant": False})
+    ids = batches[0][:1, :8]
+    with at_half(tiny_llama, batches, dense_prefill=0.5).active(tiny_llama):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            loss = tiny_llama(ids, labels=ids, use_cache=False).loss
+        with pytest.raises(ModelError, match="checkpoint whole blocks, or set dense_prefill=0"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_rules_in_a_part_of_a_model_and_in_the_model_exclude_each_other(tiny_llama, batches, inner_first):
+    models = [tiny_llama.model, tiny_llama] if inner_first else [tiny_llama, tiny_llama.model]
+    first_rules, second_rules = [at_half(model, batches) for model in models]
+    with first_rules.active(models[0]):
+        with pytest.raises(ModelError, match="other activation rules are at work"):
+            second_rules.install(models[1])
+        with pytest.raises(ModelError, match="is not dense"):
+            second_rules.calibrate(models[1], batches, progress=False)
+    with second_rules.active(models[1]):
+        pass
+
+
+def test_a_layer_that_raises_keeps_nothing(tiny_llama, batches):
+    sparsifier = RSparse(sparsity=0.5)
+    sparsifier.calibrate(tiny_llama, batches, progress=False)
+    with sparsifier.active(tiny_llama) as installed:
+        layer = tiny_llama.model.layers[1].mlp.down_proj
+        layer.forward = lambda x: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            logits(tiny_llama, batches[0][:1, :6])
+        assert all(site._rest is None for site in installed.sites.values())

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from gossamer.activations.budgets import GreedyAllocation, largest_within
-from gossamer.activations.installed import Installed
+from gossamer.activations.installed import Installed, at_work
 from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
@@ -271,7 +271,7 @@ def check_dense(model: nn.Module) -> None:
     ModelError
         If there are.
     """
-    if any("_activation_rules" in vars(module) for module in model.modules()):
+    if at_work(model):
         raise ModelError("activation rules are at work in this model, so it is not dense; call their remove() first")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.positions import DenseTokens, token_stacks
+from gossamer.activations.positions import DenseTokens, recomputing, token_stacks
 from gossamer.activations.rules import ActivationRules, LowRank
 from gossamer.core.channel_rules import ChannelRule, TopK
 from gossamer.errors import ModelError
@@ -59,7 +59,7 @@ class Site:
     tokens: DenseTokens
     tally: Tally
     low_rank: LowRank | None = None
-    _rest: list[Tensor] = field(default_factory=list, repr=False)
+    _rest: Tensor | None = field(default=None, repr=False)
 
     def masked(self, values: Tensor) -> Tensor:
         """`values` with zeros where channels do not count."""
@@ -67,30 +67,32 @@ class Site:
         return torch.where(live, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
     def live(self, values: Tensor) -> Tensor:
-        """The channels that count, all of them in dense tokens; counted."""
+        """The channels that count, all of them in dense tokens; counted, but not when they are computed again."""
         self.rule = self.rule.to(values.device)
-        live = self.rule.live(values)
-        dense = self.tokens.among(values)
-        if dense is None:
-            self.tally.add(live, live.shape[:-1].numel())
-            return live
-        self.tally.add(live & ~dense, self.tokens.sparse)
-        return live | dense
+        live, dense = self.rule.live(values), self.tokens.among(values)
+        if not recomputing():
+            if dense is None:
+                self.tally.add(live, live.shape[:-1].numel())
+            else:
+                self.tally.add(live & ~dense, self.tokens.sparse)
+        return live if dense is None else live | dense
 
     def mask_input(self, module: nn.Module, args: tuple) -> tuple:
         """Before the layer: leave out channels, and keep them where something else computes with them."""
         kept = self.masked(args[0])
         if self.low_rank is not None:
-            self._rest.append(args[0] - kept)
+            self._rest = args[0] - kept
         return (kept, *args[1:])
 
     def mask_output(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """After an activation function."""
         return self.masked(output)
 
-    def add_rest(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """After the layer: what the other channels contribute, through few directions."""
-        rest = self._rest.pop()
+    def add_rest(self, module: nn.Module, args: tuple, output: Tensor | None) -> Tensor | None:
+        """After the layer: what the other channels contribute, through few directions; nothing where it has failed."""
+        rest, self._rest = self._rest, None
+        if output is None or rest is None:
+            return None
         self.low_rank = self.low_rank.to(rest.device, rest.dtype)  # type: ignore[union-attr]
         return output + self.low_rank.product(rest)
 
@@ -132,7 +134,7 @@ class Installed:
     ):
         rules.check_model(model)
         _check(rules, inputs, gates)
-        if getattr(model, "_activation_rules", None) is not None:
+        if at_work(model):
             raise ModelError("other activation rules are at work in this model; call their remove() first")
         self.model, self.rules = model, rules
         self.tokens = DenseTokens(dense_prefill)
@@ -153,8 +155,10 @@ class Installed:
 
     def _hook(self, inputs: Mapping[str, InputSite], kernels: bool) -> None:
         rules = self.rules
-        for tokens, owner in self._stacks.values() or [(self.tokens, self.model)]:
-            self._handles += tokens.attach(owner)
+        for name, (tokens, owner) in self._stacks.items():
+            self._handles += tokens.attach(owner, self.model.get_submodule(name).children())
+        if not self._stacks:
+            self._handles += self.tokens.attach(self.model)
         for name, rule in rules.inputs.items():
             self.sites[name] = site = Site(rule, self._tokens_of(name), Tally(), rules.low_rank.get(name))
             thresholds = rule.thresholds(inputs[name].width) if kernels and site.low_rank is None else None
@@ -211,11 +215,28 @@ class Installed:
         self.remove()
 
 
+def at_work(model: nn.Module) -> bool:
+    """Whether activation rules are at work in a model, installed in it, in a part of it or in a larger one."""
+    return any(
+        isinstance(getattr(hook, "__self__", None), Site | _LiveChannels)
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), module.forward)
+    )
+
+
 def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> list[Any]:
     if thresholds is not None and type(module) is nn.Linear and _product(module.weight.device) is not None:
         return [_LiveChannels(module, site, thresholds)]
     handles: list[Any] = [module.register_forward_pre_hook(site.mask_input)]
-    return handles if site.low_rank is None else [*handles, module.register_forward_hook(site.add_rest)]
+    return (
+        handles
+        if site.low_rank is None
+        else [
+            *handles,
+            # a layer that raises, as checkpointing's second pass does on purpose, must not keep what it was given
+            module.register_forward_hook(site.add_rest, always_call=True),
+        ]
+    )
 
 
 _FEW = 32  # vectors; with more, the union of what they want is nearly everything

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ class DenseTokens:
     A call that finds nothing in its cache is a prompt, and one of several tokens that continues a cache is a piece of
     one (prompts are read in chunks, and conversations go on): of every sequence the first share of these tokens stays
     dense, padding not counted. A call of one token that continues a cache is decoding: everything is sparse.
+
+    Gradient checkpointing computes parts of a block again when the call is long over. Which call that was is told by
+    the memory of their inputs, which checkpointing keeps.
 
     Parameters
     ----------
@@ -41,22 +46,46 @@ class DenseTokens:
         self.prompt, self.strict = prompt, strict
         self.dense: Tensor | None = None
         self.sparse = 0
+        self._in_call = False
+        self._calls: WeakKeyDictionary[torch.UntypedStorage, Tensor | None] = WeakKeyDictionary()
+        self._again: tuple[int, Tensor | None] = (-1, None)
 
-    def attach(self, model: nn.Module) -> list[Any]:
-        """Follow the calls of a model; returns the handles to ``remove()`` in the end."""
+    def __reduce__(self) -> tuple:
+        # calls are not copied with a model
+        return DenseTokens, (self.prompt, self.strict)
+
+    def attach(self, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> list[Any]:
+        """Follow the calls of a model and of its blocks; returns the handles to ``remove()`` in the end."""
+        parts = (part for block in blocks for part in _parts(block))
         return [
             model.register_forward_pre_hook(self._look, with_kwargs=True),
             model.register_forward_hook(self._forget, always_call=True),
+            *(part.register_forward_pre_hook(self._follow, with_kwargs=True) for part in parts),
         ]
 
     def _forget(self, module: nn.Module, args: tuple, output: Any) -> None:
         # a layer that is called by itself has no prompt
-        self.dense = None
+        self.dense, self._in_call = None, False
+
+    def _follow(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = next((v for v in (*args, kwargs.get("hidden_states")) if isinstance(v, Tensor)), None)
+        if hidden is not None:
+            self._note(hidden)
+
+    def _note(self, values: Tensor) -> None:
+        """Remember which call an activation belongs to; in a backward pass, call it to mind."""
+        if not self.prompt or torch.compiler.is_compiling():
+            return
+        if self._in_call:
+            if torch.is_grad_enabled() or values.requires_grad:
+                self._calls[values.untyped_storage()] = self.dense
+        elif recomputing() and values.untyped_storage() in self._calls:
+            self._again = _backward_pass(), self._calls[values.untyped_storage()]
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
         tokens = _tokens(args, given)
-        self.dense = None
+        self.dense, self._in_call = None, True
         if tokens is None:
             return
         shape = (tokens.shape[0], tokens.shape[1])
@@ -74,9 +103,10 @@ class DenseTokens:
         Raises
         ------
         ModelError
-            If the activation is of another number of tokens than the call.
+            If the activation is of another number of tokens than the call, or is computed again for an unknown one.
         """
-        dense = self.dense
+        self._note(values)
+        dense = self._recalled() if recomputing() and not self._in_call else self.dense
         if dense is None:
             return None
         if values.shape[:-1].numel() == dense.numel():
@@ -87,6 +117,15 @@ class DenseTokens:
             f"an activation of shape {tuple(values.shape)} does not belong to the {dense.shape[0]} × {dense.shape[1]} "
             f"tokens of the call, so the dense ones cannot be told; set dense_prefill=0"
         )
+
+    def _recalled(self) -> Tensor | None:
+        known, dense = self._again
+        if self.prompt and known != _backward_pass():
+            raise ModelError(
+                "gradient checkpointing computes something again whose dense tokens cannot be told, since its inputs "
+                "were copied or are not those of a block; checkpoint whole blocks, or set dense_prefill=0"
+            )
+        return dense
 
     def of_prompt(self, shape: tuple[int, int], real: Tensor | None = None) -> Tensor | None:
         """Dense tokens of prompts.
@@ -107,6 +146,22 @@ class DenseTokens:
     def _first(self, tokens: Tensor) -> Tensor:
         # 0.07 · 100 is a little more than 7 in binary
         return (self.prompt * tokens.double() - 1e-9).ceil()
+
+
+def recomputing() -> bool:
+    """Whether this runs in a backward pass, where gradient checkpointing computes again what has been computed."""
+    return not torch.compiler.is_compiling() and _backward_pass() >= 0
+
+
+def _backward_pass() -> int:
+    """Number of the backward pass that is running; −1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """A block and what it calls itself: some libraries checkpoint what is in a block, and its hooks run only once."""
+    children = list(block.children())
+    return [block, *children, *(part for child in children if isinstance(child, nn.ModuleList) for part in child)]
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
