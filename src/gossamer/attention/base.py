@@ -7,6 +7,7 @@ and taken out again.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,7 @@ class Installed:
     def __init__(self, model: nn.Module, method: SparseAttention):
         self.model, self.method = model, method
         self._tallies: dict[tuple[int, Phase], Tally] = {}
+        self._counting = threading.Lock()  # several threads may use one model
         self._warned = False
         method.reset()
         self._site = self._attach()
@@ -79,11 +81,13 @@ class Installed:
 
     def _attend(self, call: AttentionCall) -> Tensor | None:
         answer = _attended(self.method, call)
-        self._tally(call).add(call, answer)
+        with self._counting:
+            self._tally(call).add(call, answer)
         return None if answer is None else answer.output
 
     def _masked(self, call: AttentionCall, mask: Tensor) -> None:
-        self._tally(call).add_masked(call, mask)
+        with self._counting:
+            self._tally(call).add_masked(call, mask)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -97,7 +101,8 @@ class Installed:
 
     def report(self) -> DensityReport:
         """What was computed so far."""
-        return DensityReport({where: replace(tally) for where, tally in self._tallies.items()})
+        with self._counting:
+            return DensityReport({where: replace(tally) for where, tally in self._tallies.items()})
 
     def reset(self) -> None:
         """Begin counting anew, and forget what the method has remembered."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Answer, Installed, SparseAttention, TokenSelection, missing_calibration
+from gossamer.attention.base import Answer, Installed, TokenSelection, missing_calibration
 from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
 from gossamer.attention.label_cache import LabelCache, LabelLayer, channels_of
-from gossamer.attention.model_cache import CacheInstalled, layer_of
+from gossamer.attention.model_cache import CachedAttention, CacheInstalled, layer_of
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import label_attention, label_topk
@@ -39,7 +39,7 @@ from gossamer.models.blocks import Batch
     patterns=("unstructured", "channels"),
 )
 @dataclass(kw_only=True)
-class DoubleSparsity(SparseAttention):
+class DoubleSparsity(CachedAttention):
     """Decode with the tokens that a few calibrated channels rank highest.
 
     Yang et al., 2024, "Post-Training Sparse Attention with Double Sparsity", arXiv 2408.07092. Prompts are read
@@ -83,7 +83,6 @@ class DoubleSparsity(SparseAttention):
     share_tokens: bool = False
     dense_layers: tuple[int, ...] = (0, 1)
     channel_order: ChannelOrder | None = field(default=None, repr=False, compare=False)
-    cache: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         token_count(self.tokens, 1)

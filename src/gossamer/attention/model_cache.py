@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import Cache
 
 from gossamer.attention.base import Installed, SparseAttention
+
+
+class PerThread(threading.local):
+    """What a method knows of the call that a thread is in; in a copy it knows nothing.
+
+    Attributes
+    ----------
+    cache
+        A weak reference to the cache at work, or None.
+    """
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+
+    def __reduce__(self) -> tuple[type[PerThread], tuple[()]]:
+        return type(self), ()
+
+
+@dataclass(kw_only=True)
+class CachedAttention(SparseAttention):
+    """A method that sees the cache of the model it works in; several threads may use the model at once.
+
+    Attributes
+    ----------
+    cache
+        A weak reference to the cache of this thread's call, or None.
+    """
+
+    _thread: PerThread = field(init=False, repr=False, compare=False, default_factory=PerThread)
+
+    @property
+    def cache(self) -> Any:  # noqa: D102
+        return self._thread.cache
+
+    @cache.setter
+    def cache(self, cache: Any) -> None:
+        self._thread.cache = cache
+
+    def reset(self) -> None:
+        """Forget the cache."""
+        self.cache = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """As :meth:`SparseAttention.install`; the cache is seen, too."""
+        return CacheInstalled(model, self)
 
 
 class CacheInstalled(Installed):
@@ -16,25 +64,32 @@ class CacheInstalled(Installed):
     Parameters
     ----------
     model, method
-        As of :class:`Installed`; the method has a `cache`, a weak reference that is set before every call, or None.
+        As of :class:`Installed`.
     """
 
-    def __init__(self, model: nn.Module, method: SparseAttention):
+    method: CachedAttention
+
+    def __init__(self, model: nn.Module, method: CachedAttention):
         super().__init__(model, method)
         modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
         self._handles = [module.register_forward_pre_hook(self._look, with_kwargs=True) for module in modules]
 
     def _look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        self.method.cache = None if cache is None else weakref.ref(cache)  # type: ignore[attr-defined]
+        cache = cache_of(args, kwargs)
+        self.method.cache = None if cache is None else weakref.ref(cache)
 
     def remove(self) -> None:
         """Give the model its own attention back; caches stay as they are."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.method.cache = None  # type: ignore[attr-defined]
+        self.method.cache = None
         super().remove()
+
+
+def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a layer, which models call by several names."""
+    return next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
 
 
 def layer_of(cache: weakref.ref[Any] | None, index: int) -> Any:

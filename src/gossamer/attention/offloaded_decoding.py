@@ -8,6 +8,7 @@ query: the next layer's queries made of this layer's input, since hidden states 
 from __future__ import annotations
 
 import tempfile
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import Cache
 
 from gossamer.attention.base import Answer, TokenSelection, missing_calibration
 from gossamer.attention.double_sparsity import DoubleSparsity, LabelInstalled, label_layer, token_count
 from gossamer.attention.label_cache import LabelLayer
+from gossamer.attention.model_cache import PerThread, cache_of
 from gossamer.attention.token_sparse_layers import decoder_stack
 from gossamer.errors import ConfigurationError, UnknownNameError
 from gossamer.models.attention_sites import AttentionCall, allowed_links
@@ -78,14 +81,18 @@ class HitCounts:
 
     def add(self, layer: int, guessed: Tensor, true: Tensor) -> None:
         """Compare two selections ``(batch, heads, tokens)``."""
-        same = (guessed[..., None] == true[..., None, :]).any(-1)
-        self.hits[layer] = self.hits.get(layer, 0) + int(same.sum())
-        self.wanted[layer] = self.wanted.get(layer, 0) + true.numel()
+        same = int((guessed[..., None] == true[..., None, :]).any(-1).sum())
+        with _COUNTING:
+            self.hits[layer] = self.hits.get(layer, 0) + same
+            self.wanted[layer] = self.wanted.get(layer, 0) + true.numel()
 
     @property
     def rates(self) -> dict[int, float]:
         """Layer → share of the wanted tokens that were there."""
         return {layer: hits / self.wanted[layer] for layer, hits in sorted(self.hits.items())}
+
+
+_COUNTING = threading.Lock()  # several threads may use one model
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +110,23 @@ class Fetched:
     selection: TokenSelection
     keys: Tensor
     values: Tensor
+
+
+class Fetching(PerThread):
+    """What a thread has sent for, and the query that it asks a layer for.
+
+    Attributes
+    ----------
+    coming
+        Layer → rows on their way.
+    probe
+        Where the query is put, while it is asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coming: dict[int, Future[Fetched]] = {}
+        self.probe: list[AttentionCall] | None = None
 
 
 @dataclass(kw_only=True)
@@ -133,13 +157,12 @@ class OffloadedDoubleSparsity(DoubleSparsity):
     dense_last: bool = True
     count_hits: bool = False
     hits: HitCounts = field(default_factory=HitCounts, init=False, repr=False, compare=False)
+    _thread: Fetching = field(default_factory=Fetching, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.place not in get_args(Place):
             raise UnknownNameError("place", self.place, get_args(Place))
-        self._coming: dict[int, Future[Fetched]] = {}
-        self._probe: list[AttentionCall] | None = None
 
     def new_layer(self, index: int, order: Tensor) -> OffloadedLayer:
         """What keeps labels, and knows where keys and values are."""
@@ -147,7 +170,8 @@ class OffloadedDoubleSparsity(DoubleSparsity):
 
     def reset(self) -> None:
         """Forget what was fetched and counted."""
-        self._coming.clear()
+        super().reset()
+        self._thread.coming.clear()
         self.hits = HitCounts()
 
     def install(self, model: nn.Module) -> LabelInstalled:
@@ -164,21 +188,22 @@ class OffloadedDoubleSparsity(DoubleSparsity):
 
     def attend(self, call: AttentionCall) -> Answer | None:
         """Attention over what was fetched, and the newest token."""
-        if self._probe is not None:
-            self._probe.append(call)
+        if self._thread.probe is not None:
+            self._thread.probe.append(call)
             raise Probed
         if call.phase != "decode" or call.layer in self.dense_layers or call.window is not None:
             return self._brought(call)
         keys = call.key.shape[2]
         count = token_count(self.tokens, keys)
         layer = label_layer(self.cache, call.layer)
-        coming = self._coming.pop(call.layer, None)
+        coming = self._thread.coming.pop(call.layer, None)
         if layer is None or count < 2 or (coming is None and count >= keys):
             return self._brought(call)
         fetched = coming.result() if coming is not None else self.fetch(layer, self._true(call, layer, count), call)
         if self.count_hits and coming is not None:
             self.hits.add(call.layer, fetched.selection.indices, self._true(call, layer, count).indices)
-        self.hits.fetched_bytes += sum(part.numel() * part.element_size() for part in (fetched.keys, fetched.values))
+        with _COUNTING:
+            self.hits.fetched_bytes += fetched.keys.nbytes + fetched.values.nbytes
         return Answer(_over(call, fetched), (fetched.keys.shape[2] + 1) / keys)
 
     def _brought(self, call: AttentionCall) -> Answer | None:
@@ -233,7 +258,7 @@ class OffloadInstalled(LabelInstalled):
 
     def __init__(self, model: nn.Module, method: OffloadedDoubleSparsity, layers: list[nn.Module]):
         super().__init__(model, method)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gossamer-fetch")
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="gossamer-fetch")
         for number, layer in enumerate(layers[:-1]):
             ahead = lambda module, args, kwargs, n=number: self._ahead(n + 1, layers[n + 1], args, kwargs)  # noqa: E731
             self._handles.append(layer.register_forward_pre_hook(ahead, with_kwargs=True))
@@ -243,8 +268,7 @@ class OffloadInstalled(LabelInstalled):
         """Send for the rows of a layer by the input of the layer before it."""
         method = self.method
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
-        layers = getattr(cache, "layers", None)
+        layers = getattr(cache_of(args, kwargs), "layers", None)
         held = layers[index] if isinstance(layers, list) and index < len(layers) else None
         if hidden.shape[1] != 1 or index in method.dense_layers or not isinstance(held, OffloadedLayer):
             return
@@ -258,26 +282,27 @@ class OffloadInstalled(LabelInstalled):
         def work() -> Fetched:
             return method.fetch(held, method.guess(query, held, length, count - 1, real), query)
 
-        method._coming[index] = self._thread.submit(work)
+        method._thread.coming[index] = self._fetcher.submit(work)
 
     def _approximate(self, layer: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The next layer's query if its input were this layer's; computed by the layer itself."""
-        given = {**kwargs, "past_key_values": None, "attention_mask": None}
+        given = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        given["attention_mask"] = None
         probe: list[AttentionCall] = []
-        self.method._probe = probe
+        self.method._thread.probe = probe
         try:
             layer.forward(*args, **given)
         except Probed:
             return probe[0].query
         finally:
-            self.method._probe = None
+            self.method._thread.probe = None
         raise ConfigurationError(f"{type(layer).__name__} computes no attention; its rows cannot be fetched ahead")
 
     def remove(self) -> None:
         """Give the model its own attention back, and end the thread."""
         super().remove()
-        self._thread.shutdown()
-        self.method._coming.clear()
+        self._fetcher.shutdown()
+        self.method._thread.coming.clear()
 
 
 class Probed(Exception):

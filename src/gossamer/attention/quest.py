@@ -7,15 +7,14 @@ Nothing is ever evicted: another query finds another page.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Installed, SparseAttention, TokenSelection
-from gossamer.attention.model_cache import CacheInstalled, layer_of
+from gossamer.attention.base import TokenSelection
+from gossamer.attention.model_cache import CachedAttention, layer_of
 from gossamer.attention.page_cache import PagedLayer, Pages
 from gossamer.core.block_mask import block_count
 from gossamer.core.registry import register
@@ -34,8 +33,8 @@ from gossamer.models.attention_sites import AttentionCall, Phase
     patterns=("blocks",),
 )
 @dataclass(kw_only=True)
-class Quest(SparseAttention):
-    """Decode with the pages whose bounds promise the highest score.
+class Quest(CachedAttention):
+    """Decode with the pages whose bounds promise the highest score; the layers of the cache keep the bounds.
 
     Source: Tang et al. [2024, arXiv 2406.10774, section 3], as compared by Nawrot et al. [2025, arXiv 2504.17768].
 
@@ -53,7 +52,6 @@ class Quest(SparseAttention):
     token_budget: int = 1024
     page_size: int = 16
     share_pages: bool = True
-    cache: Any = field(init=False, repr=False, compare=False, default=None)
 
     phase: ClassVar[Phase] = "decode"
 
@@ -65,14 +63,6 @@ class Quest(SparseAttention):
                 f"token_budget is {self.token_budget}; it must be a multiple of the page size {self.page_size}, one "
                 "page or more"
             )
-
-    def install(self, model: nn.Module) -> Installed:
-        """As :meth:`SparseAttention.install`; the cache is seen, too, and keeps the bounds of its pages."""
-        return CacheInstalled(model, self)
-
-    def reset(self) -> None:
-        """Forget the cache."""
-        self.cache = None
 
     def decode(self, call: AttentionCall) -> TokenSelection | None:
         """The best pages, and the one that is being filled."""

@@ -7,6 +7,7 @@ and the last ones are always kept.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Answer, Installed, SparseAttention
+from gossamer.attention.base import Answer, Installed
 from gossamer.attention.eviction import EvictedLayer, EvictingInstalled
 from gossamer.attention.last_queries import last_query_weights
-from gossamer.attention.model_cache import layer_of
+from gossamer.attention.model_cache import CachedAttention, layer_of
 from gossamer.attention.selection import ranks
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
@@ -36,11 +37,12 @@ from gossamer.models.attention_sites import AttentionCall, Phase
     patterns=("blocks",),
 )
 @dataclass(kw_only=True)
-class SnapKV(SparseAttention):
+class SnapKV(CachedAttention):
     """Evict all but the tokens that the end of the prompt looks at.
 
     The prompt itself is read densely. Memory falls layer by layer while it is: tokens are taken out of the cache for
-    good, in layers that keep all tokens; those with a sliding window are left alone.
+    good, in layers that keep all tokens; those with a sliding window are left alone. A cache that gives no token up,
+    as a static one, stays whole, and a warning says so.
 
     Source: Li et al. [2024, arXiv 2404.14469, section 4], as compared by Nawrot et al. [2025, arXiv 2504.17768].
 
@@ -61,7 +63,7 @@ class SnapKV(SparseAttention):
     kernel_size: int = 7
     local_window: int = 128
     sinks: int = 4
-    cache: Any = field(init=False, repr=False, compare=False, default=None)
+    _told: bool = field(init=False, repr=False, compare=False, default=False)
 
     phase: ClassVar[Phase] = "decode"
 
@@ -79,11 +81,8 @@ class SnapKV(SparseAttention):
 
     def install(self, model: nn.Module) -> Installed:
         """As :meth:`SparseAttention.install`; the cache is seen, too."""
+        self._told = False
         return EvictingInstalled(model, self)
-
-    def reset(self) -> None:
-        """Forget the cache."""
-        self.cache = None
 
     def attend(self, call: AttentionCall) -> Answer | None:
         """Evict after the prompt, and decode with what is left."""
@@ -91,8 +90,8 @@ class SnapKV(SparseAttention):
             return None
         layer = layer_of(self.cache, call.layer)
         if call.phase == "prefill":
-            if type(layer) is DynamicLayer and self.token_capacity < call.key.shape[2] == layer.keys.shape[2]:
-                self.cache().layers[call.layer] = EvictedLayer(layer.keys, layer.values, self.kept(call))
+            if self.token_capacity < call.key.shape[2]:
+                self._evict(call, layer)
             return None
         if not isinstance(layer, EvictedLayer):
             return None
@@ -101,6 +100,18 @@ class SnapKV(SparseAttention):
         read = listed.density(1) * len(call.query)
         seen = len(call.query) * layer.seen if call.key_mask is None else float(call.key_mask.sum())
         return Answer(output, read / seen, (read, seen))
+
+    def _evict(self, call: AttentionCall, layer: Any) -> None:
+        cache = None if self.cache is None else self.cache()
+        if type(layer) is DynamicLayer and layer.keys.shape[2] == call.key.shape[2]:
+            cache.layers[call.layer] = EvictedLayer(layer.keys, layer.values, self.kept(call))
+        elif cache is not None and call.window is None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{type(self).__name__} evicts nothing: layer {call.layer} has a {type(layer or cache).__name__}, and "
+                "only a DynamicCache gives tokens up; leave cache_implementation out",
+                stacklevel=2,
+            )
 
     def kept(self, call: AttentionCall) -> Tensor:
         """Tokens that every key head keeps, bool ``(batch, key heads, tokens)``."""
