@@ -14,6 +14,7 @@ from gossamer.kernels.attention import (
     block_mass,
     block_sparse_attention,
     gather_attention,
+    label_attention,
     label_topk,
 )
 
@@ -29,6 +30,17 @@ def case(causal: bool, queries: int, keys: int, size: int, block: tuple[int, int
     real = torch.rand(2, keys, generator=torch.Generator().manual_seed(4)) < 0.8
     tensors = [x.to(dtype).requires_grad_(True) for x in (q, k, v)]
     return tensors, BlockMask(blocks, queries, keys, block, causal), real
+
+
+def dense_gradients(tensors: list[Tensor], links: Tensor, grads: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of masked dense attention in float64, by those of its outputs and log-sum-exps."""
+    wide = [x.detach().double().requires_grad_(True) for x in tensors]
+    q, k, v = wide[0], *(x.repeat_interleave(2, 1) for x in wide[1:])
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~links, -1e30)
+    there = links.any(-1)
+    out = torch.where(there[..., None], scores.softmax(-1), 0.0) @ v
+    total = torch.where(there, scores.logsumexp(-1), 0.0)
+    return torch.autograd.grad([out, total], wide, [grads[0].double(), grads[1].double()])
 
 
 CASES = [
@@ -48,16 +60,9 @@ def test_gradients_are_those_of_masked_dense_attention(way, causal, queries, key
     seen = torch.where(lse == float("-inf"), 0.0, lse)
     found = torch.autograd.grad([out, seen], tensors, [grads[0], grads[1]])
 
-    wide = [x.detach().double().requires_grad_(True) for x in tensors]
-    q, k, v = wide[0], *(x.repeat_interleave(2, 1) for x in wide[1:])
     distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
     links = mask.to_dense() & real[:, None, None] & (distance.abs() < (window or 10**6))
-    scores = (q @ k.mT * size**-0.5).masked_fill(~links, -1e30)
-    there = links.any(-1)
-    weights = torch.where(there[..., None], scores.softmax(-1), 0.0)
-    total = torch.where(there, scores.logsumexp(-1), 0.0)
-    wanted = torch.autograd.grad([weights @ v, total], wide, [grads[0].double(), grads[1].double()])
-    for one, right in zip(found, wanted):
+    for one, right in zip(found, dense_gradients(tensors, links, grads)):
         assert one.dtype == dtype
         error = (one.double() - right).abs().max() / right.abs().max()
         assert error < (1e-5 if dtype == torch.float32 else 3e-2)
@@ -99,6 +104,53 @@ def test_gradients_do_not_depend_on_the_number_of_threads(way):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def listed(lists: int, dtype: torch.dtype) -> tuple:
+    """Tensors of four heads that share two, and for each list the keys that are meant, with a list of none."""
+    sizes = ((2, 4, 1, 16), (2, 2, 60, 16), (2, 2, 60, 19))
+    tensors = [draw(*size, seed=i, dtype=dtype).requires_grad_(True) for i, size in enumerate(sizes)]
+    indices = torch.rand(2, lists, 60, generator=torch.Generator().manual_seed(3)).argsort(-1)[..., :25]
+    counts = torch.arange(2 * lists).view(2, lists) * 5 % 26
+    meant = torch.arange(25) < counts[..., None]
+    links = torch.zeros(2, lists, 60, dtype=torch.bool).scatter_(-1, indices, meant)
+    return tensors, indices, counts, links.repeat_interleave(4 // lists, 1)[:, :, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lists", [2, 4])
+def test_listed_tokens_have_the_gradients_of_masked_dense_attention(way, lists, dtype):
+    tensors, indices, counts, links = listed(lists, dtype)
+    out, lse = gather_attention(*tensors, indices, counts, return_lse=True)
+    with torch.no_grad():
+        plain, plain_lse = gather_attention(*tensors, indices, counts, return_lse=True)
+    torch.testing.assert_close(out.detach(), plain)
+    torch.testing.assert_close(lse.detach(), plain_lse)
+    grads = draw(*out.shape, seed=5, dtype=dtype), draw(*lse.shape, seed=6)
+    found = torch.autograd.grad([out, torch.where(lse == float("-inf"), 0.0, lse)], tensors, list(grads))
+    for one, right in zip(found, dense_gradients(tensors, links, grads)):
+        assert one.dtype == dtype
+        assert (one.double() - right).abs().max() < (1e-5 if dtype == torch.float32 else 3e-2) * right.abs().max()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_chosen_by_labels_have_the_gradients_of_masked_dense_attention(way, compiled):
+    tensors = listed(2, torch.float32)[0]
+    q, k, v = tensors
+    channels = torch.arange(4).repeat(2, 1)
+    labels = k.detach()[:, :, :-1, :4].contiguous()
+    given = (q, k, v, channels, labels, 9)
+    chosen = label_topk(q.detach()[:, :, 0, :4], labels, 9)
+    links = torch.zeros(2, 2, 60, dtype=torch.bool).scatter_(-1, chosen, True)
+    links[..., -1] = True
+    attend = torch.compile(label_attention, backend="aot_eager") if compiled else label_attention
+    out = attend(*given, newest=True)
+    with torch.no_grad():
+        torch.testing.assert_close(out.detach(), label_attention(*given, newest=True))
+    grads = draw(*out.shape, seed=5), torch.zeros(2, 4, 1)
+    found = torch.autograd.grad(out, tensors, grads[0])
+    for one, right in zip(found, dense_gradients(tensors, links.repeat_interleave(2, 1)[:, :, None], grads)):
+        torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_operators_agree_with_their_fake_versions():

@@ -49,7 +49,7 @@ class LabelLayer(RewritableLayer):
         """Write tokens, ``(batch, heads, tokens, size)``, and their labels; returns all keys and values."""
         start = self.get_seq_length()
         found = super().update(key_states, value_states)
-        new = make_labels(channels_of(key_states, self.order.to(key_states.device)), self.bits)
+        new = make_labels(channels_of(key_states.detach(), self.order.to(key_states.device)), self.bits)
         self._write(new, start)
         return found
 

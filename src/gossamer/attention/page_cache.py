@@ -32,6 +32,7 @@ class Pages:
     size: int
 
     @classmethod
+    @torch.no_grad()
     def of(cls, key: Tensor, size: int) -> Pages:
         """Pages of keys ``(batch, key heads, keys, head size)``."""
         spare = -key.shape[2] % size
@@ -40,6 +41,7 @@ class Pages:
         )
         return cls(low.amin(3), high.amax(3), key.shape[2], size)
 
+    @torch.no_grad()
     def extended(self, key: Tensor) -> Pages:
         """These, and more keys behind them, ``(batch, key heads, keys, head size)``."""
         room = -self.tokens % self.size

@@ -26,6 +26,11 @@ class LabelChoice(NamedTuple):
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether gradients of any of them are asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
     """Check queries ``(batch, heads, queries, size)`` against keys and values of as many or fewer heads.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gossamer.kernels import attention_native as compiled
 from gossamer.kernels import attention_reference as reference
 from gossamer.kernels import attention_triton as graphics
-from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places
+from gossamer.kernels.attention_inputs import LabelChoice, check_channels, check_places, wants_gradients
 from gossamer.kernels.attention_labels import Labels, of_values
 from gossamer.kernels.attention_reference import Visibility
 
@@ -54,19 +54,19 @@ def antidiagonal_mass(
 def gather(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor | None, scale: float, with_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs over listed keys, and log-sum-exps if they are wanted, without gradients.
+    """Outputs over listed keys, and log-sum-exps if they are wanted; with torch alone where gradients are.
 
     Raises
     ------
     ConfigurationError
         If a listed key does not exist.
     """
-    if compiled.suits("attention_gather_listed", q, k, v):
+    differentiable = wants_gradients(q, k, v)
+    if not differentiable and compiled.suits("attention_gather_listed", q, k, v):
         return compiled.gather(q, k, v, indices, counts, scale, with_lse)
     check_places(indices, k)
-    with torch.no_grad():
-        chosen = graphics if graphics.suits(q, k, v) else reference
-        return chosen.gather(q, k, v, indices, counts, scale)
+    chosen = graphics if not differentiable and graphics.suits(q, k, v) else reference
+    return chosen.gather(q, k, v, indices, counts, scale)
 
 
 def label_topk(q: Tensor, k: Tensor | Labels, count: int, key_mask: Tensor | None, pooling: str | None) -> Tensor:
@@ -78,7 +78,7 @@ def label_topk(q: Tensor, k: Tensor | Labels, count: int, key_mask: Tensor | Non
 
 
 def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale: float) -> Tensor:
-    """Outputs over the keys whose labels agree best with the queries', and over the newest, without gradients.
+    """Outputs over the keys whose labels agree best with the queries', and over the newest.
 
     Raises
     ------
@@ -86,7 +86,8 @@ def label_attention(q: Tensor, k: Tensor, v: Tensor, choice: LabelChoice, scale:
         If there is no such channel.
     """
     channels, k_labels, count, newest, key_mask, pooling = choice
-    if count and compiled.suits("attention_by_labels", q, k, v, of_values(k_labels)):
+    one_pass = count and not wants_gradients(q, k, v)
+    if one_pass and compiled.suits("attention_by_labels", q, k, v, of_values(k_labels)):
         return compiled.label_attention(q, k, v, choice, scale)
     check_channels(channels, q)
     if count:

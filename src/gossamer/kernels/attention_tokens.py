@@ -10,7 +10,14 @@ from torch import Tensor
 from gossamer.errors import ConfigurationError
 from gossamer.kernels import attention_operators as operators
 from gossamer.kernels import attention_passes as passes
-from gossamer.kernels.attention_inputs import LabelChoice, check_heads, check_indices, check_key_mask, scale_of
+from gossamer.kernels.attention_inputs import (
+    LabelChoice,
+    check_heads,
+    check_indices,
+    check_key_mask,
+    scale_of,
+    wants_gradients,
+)
 from gossamer.kernels.attention_labels import Labels, of_values
 from gossamer.kernels.attention_reference import grouped_product, wide
 
@@ -43,8 +50,8 @@ def gather_attention(
     Returns
     -------
     Tensor, or Tensor and Tensor
-        As of :func:`gossamer.kernels.attention.block_sparse_attention`, without gradients; zeros and −∞ where a count
-        is 0.
+        As of :func:`gossamer.kernels.attention.block_sparse_attention`, with gradients by torch alone; zeros and −∞
+        where a count is 0.
 
     Raises
     ------
@@ -53,7 +60,7 @@ def gather_attention(
     """
     check_heads(q, k, v)
     factor = scale_of(q, scale)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not wants_gradients(q, k, v):
         found: tuple[Tensor, Tensor | None] = operators.gather_attention(q, k, v, indices, counts, factor)
     else:
         check_indices(indices, counts, q, k)
@@ -147,7 +154,7 @@ def label_attention(
     Returns
     -------
     Tensor
-        ``(batch, heads, 1, value size)``, without gradients.
+        ``(batch, heads, 1, value size)``. Gradients are those of attention to the chosen tokens.
 
     Raises
     ------
@@ -170,7 +177,7 @@ def label_attention(
     if not like.is_floating_point() or like.device != q.device:
         raise ConfigurationError(f"k_labels is {like.dtype} on {like.device}; it must be floating-point on {q.device}")
     choice, factor = LabelChoice(channels, k_labels, min(count, keys), newest, key_mask, pooling), scale_of(q, scale)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not wants_gradients(q, k, v):
         plain = k_labels.values() if isinstance(k_labels, Labels) else k_labels
         return operators.label_attention(q, k, v, *choice._replace(k_labels=plain), factor)
     return passes.label_attention(q, k, v, choice, factor)
