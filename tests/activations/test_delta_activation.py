@@ -287,6 +287,17 @@ def test_refreshing_takes_back_what_rounding_has_added_up():
     assert errors[1] < errors[0] / 5
 
 
+@pytest.mark.parametrize("refresh_every", [None, 2])
+def test_changes_and_whole_frames_may_follow_each_other(refresh_every):
+    torch.manual_seed(0)
+    layer, frames = DeltaLinear(nn.Linear(4, 3), refresh_every), torch.randn(6, 2, 4)
+    before = torch.zeros(2, 4)
+    for number, frame in enumerate(frames):
+        found = layer.advance(frame) if number in (1, 2, 5) else layer.step(frame - before)
+        torch.testing.assert_close(found, layer.dense(frame), atol=1e-5, rtol=0)
+        before = frame
+
+
 def test_frames_of_another_shape_and_impossible_refreshes_are_refused():
     layer = DeltaLinear(nn.Linear(3, 2))
     layer.advance(torch.zeros(2, 3))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gossamer.activations.eafo import CRReLU, EAFOActivation, without_decay
 from gossamer.activations.output_entropy import (
@@ -281,6 +282,37 @@ def test_every_base_trains_and_is_stored(base, density):
     again = nn.Sequential(nn.Linear(4, 16), EAFOActivation(base, density), nn.Linear(16, 1))
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("density", ["gaussian", "kde"])
+def test_statistics_are_as_exact_as_in_float32_whatever_the_dtype(density, dtype):
+    torch.manual_seed(0)
+    layer, twin = (EAFOActivation("relu", density, update_every=2, eps=1.0) for _ in range(2))
+    layer(5 + torch.randn(64, 64))
+    twin.load_state_dict(layer.state_dict())
+    layer.to(dtype)
+    for _ in range(4):
+        x = (5 + torch.randn(64, 64)).to(dtype)
+        found, expected = layer(x), twin(x.float())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.04 if dtype == torch.bfloat16 else 0.005, rtol=0)
+    for name in ("mean", "variance", "grid", "table"):
+        assert getattr(layer, name).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(getattr(layer, name).float(), getattr(twin, name))
+
+
+def test_in_float64_gradients_are_those_of_finite_differences():
+    layer = EAFOActivation("tanh", dynamic=False, eps=0.3).double()
+    assert torch.autograd.gradcheck(layer, torch.randn(4, 5, dtype=torch.float64, requires_grad=True))
+
+
+def test_what_checkpointing_computes_again_is_no_second_look():
+    torch.manual_seed(0)
+    layer = EAFOActivation(update_every=1)
+    x = torch.randn(9, 9, requires_grad=True)
+    checkpoint(lambda x: layer(x).square(), x, use_reentrant=False).sum().backward()
+    assert int(layer.steps) == 1
 
 
 def test_factors_do_not_decay():

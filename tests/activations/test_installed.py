@@ -322,6 +322,12 @@ def test_the_device_says_which_product_is_taken(monkeypatch):
     assert installed._product(torch.device("cuda")) is installed.channels_triton.input_sparse
 
 
+def test_groups_that_do_not_divide_the_channels_are_refused(tiny_llama):
+    rules = ActivationRules({"model.layers.0.mlp.up_proj": ChannelRule(GroupTopK(2, 5))})
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj: .* groups of 5 .* do not divide .* 48"):
+        install(tiny_llama, rules)
+
+
 def gradients_and_counts(model, inputs):
     model.zero_grad()
     sum(model(**each, labels=each["input_ids"], use_cache=False).loss for each in inputs).backward()

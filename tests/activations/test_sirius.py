@@ -259,6 +259,14 @@ def test_what_is_not_greedy_or_not_one_sequence_is_refused(sharp):
         ours.generate(input_ids=PROMPT.repeat(2, 1), **OPTIONS)
     with pytest.raises(ConfigurationError, match="num_beams"):
         ours.generate(input_ids=PROMPT, num_beams=2, **OPTIONS)
+    with pytest.raises(ConfigurationError, match="penalty_alpha is 0.6"):
+        ours.generate(input_ids=PROMPT, penalty_alpha=0.6, top_k=4, **OPTIONS)
+    with pytest.raises(ConfigurationError, match="dola_layers is 'high'"):
+        ours.generate(input_ids=PROMPT, dola_layers="high", **OPTIONS)
+    with pytest.raises(ConfigurationError, match="prompt without tokens"):
+        ours.generate(input_ids=PROMPT[:, :0], **OPTIONS)
+    with pytest.raises(ConfigurationError, match="prompt without tokens"):
+        ours.generate(inputs_embeds=sharp.get_input_embeddings()(PROMPT), **OPTIONS)
     with pytest.raises(CalibrationError, match="at least 2"):
         ours.generate(input_ids=PROMPT[:, :1], **OPTIONS)
     # a refusal leaves the model dense

@@ -107,6 +107,11 @@ def test_fits_find_the_laws_that_made_the_data():
 def test_bad_input_is_refused(tiny_llama, batches):
     with pytest.raises(ConfigurationError, match="p is 0"):
         ppl_p_sparsity(tiny_llama, batches, 0, progress=False)
+    for price in (-1, 0, float("nan")):
+        with pytest.raises(ConfigurationError, match="price in percent above 0"):
+            PPLBudget(p=price)
+    with pytest.raises(ConfigurationError, match="dense_prefill is 2"):
+        PPLBudget(dense_prefill=2)
     with pytest.raises(ConfigurationError, match="metric 'best'"):
         ppl_p_sparsity(tiny_llama, batches, metric="best", progress=False)
     with pytest.raises(CalibrationError, match="batches of token ids"):

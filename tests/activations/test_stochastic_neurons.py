@@ -189,6 +189,21 @@ def test_the_divergence_is_the_one_of_coins():
     assert float(rate_penalty(torch.full((2, 2), r), t)) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_divergence_is_finite_in_half_precision_at_the_ends_too(dtype):
+    rates = torch.tensor([[0.0, 1.0, 0.3]], dtype=dtype)
+    torch.testing.assert_close(rate_penalty(rates, 0.1), rate_penalty(rates.float(), 0.1))
+
+
+@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+def test_gates_train_in_half_precision(estimator):
+    gate = StochasticGate(12, 6, estimator, 0.3, hidden=8).half()
+    gates = gate(torch.randn(1, 12).half())  # of one example rates may be 0 and 1
+    (gate.penalty() + gates.float().sum()).backward()
+    assert gates.dtype == torch.float16
+    assert all(torch.isfinite(parameter.grad).all() for parameter in gate.parameters())
+
+
 @pytest.mark.parametrize("target", [0.0, 1.0, -0.1])
 def test_a_target_that_is_no_rate_is_refused(target):
     with pytest.raises(ConfigurationError, match=r"\(0, 1\)"):

@@ -28,7 +28,7 @@ class DeltaLayer(nn.Module, ABC):
     state
         z of the last frame, or None before the first.
     received
-        Sum of the changes so far, kept only for refreshing and for :meth:`advance`.
+        Sum of the changes so far, kept only for refreshing and from the first :meth:`advance` on.
     refresh_every
         Frames after which z is computed anew from `received`, because rounding adds up; None for never.
     """
@@ -71,15 +71,20 @@ class DeltaLayer(nn.Module, ABC):
         CalibrationError
             If it has another shape than the frame before.
         """
-        if self.refresh_every is not None:
+        if self.refresh_every is not None or self.received is not None:
             self._check(delta, self.received)
             self.received = delta.clone() if self.received is None else self.received + delta
         return self._take(delta)
 
     @torch.no_grad()
     def advance(self, frame: Tensor) -> Tensor:
-        """Take a whole frame q_t, of which only what differs from the last one is computed."""
+        """Take a whole frame q_t, of which only what differs from the last one is computed.
+
+        All of it is after changes (:meth:`step`) whose sum was not kept.
+        """
         self._check(frame, self.received)
+        if self.received is None:
+            self.state = None
         delta = frame if self.received is None else frame - self.received
         self.received = frame.clone()
         return self._take(delta)

@@ -11,13 +11,14 @@ positive factor raises the entropy and a negative one lowers it; since the facto
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.activations.output_entropy import BASES, forward_correction
+from gossamer.activations.positions import recomputing
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, UnknownNameError
 
@@ -139,28 +140,39 @@ class EAFOActivation(nn.Module):
         self.register_buffer("table", torch.stack([normal, -self.grid * normal]))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EAFOActivation:
+        # in half precision points of the grid would coincide, and a step of a running mean get lost
+        before = {name: getattr(self, name) for name in ("mean", "variance", "grid", "table")}
+        super()._apply(fn, recurse)
+        for name, exact in before.items():
+            found = getattr(self, name)
+            if found.dtype.itemsize < exact.dtype.itemsize:
+                setattr(self, name, exact.to(found.device))
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        if self.training and self.dynamic:
+        if self.training and self.dynamic and not recomputing():
             if int(self.steps) % self.update_every == 0:
                 self.look(x)
             self.steps += 1
-        p, tilt = (self._normal if self.density == "gaussian" else self._tabled)(x.float())
-        correction = forward_correction(self.base, p, tilt, x.float())
+        wide = _widened(x)
+        p, tilt = (self._normal if self.density == "gaussian" else self._tabled)(wide)
+        correction = forward_correction(self.base, p, tilt, wide)
         return BASES[self.base].function(x) + (self.eps * correction).to(x.dtype)
 
     @torch.no_grad()
     def look(self, x: Tensor) -> None:
         """Take the density from these pre-activations."""
-        values = x.detach().float().flatten()
+        values = _widened(x.detach()).flatten()
         # spread over the batch, since neighbours may be alike
         values = values[:: max(1, len(values) // _SAMPLES)]
         spread, centre = torch.var_mean(values)
         if len(values) < 2 or not bool(spread > 0):
             return
         weight = self.momentum if int(self.steps) else 1.0
-        self.mean.lerp_(centre, weight)
-        self.variance.lerp_(spread, weight)
+        self.mean.lerp_(centre.to(self.mean), weight)
+        self.variance.lerp_(spread.to(self.variance), weight)
         if self.density == "kde":
             self._fit(values)
 
@@ -168,7 +180,7 @@ class EAFOActivation(nn.Module):
         deviation = values.std()
         width = 1.06 * deviation * len(values) ** -0.2  # Silverman's rule
         reach = _WIDEST * deviation
-        self.grid = torch.linspace(-1, 1, _POINTS, device=values.device) * reach + values.mean()
+        self.grid = torch.linspace(-1, 1, _POINTS, dtype=values.dtype, device=values.device) * reach + values.mean()
         scaled = (self.grid.unsqueeze(1) - values) / width
         p = torch.exp(-0.5 * scaled.square()).mean(1) / (width * math.sqrt(2 * math.pi))
         (tilt,) = torch.gradient(p, spacing=float(self.grid[1] - self.grid[0]))
@@ -191,6 +203,10 @@ class EAFOActivation(nn.Module):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{self.base!r}, density={self.density!r}, dynamic={self.dynamic}, eps={float(self.eps.detach()):.4g}"
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def without_decay(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

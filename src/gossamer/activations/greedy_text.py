@@ -99,15 +99,20 @@ def check_greedy(input_ids: Tensor, settings: Any, what: str) -> None:
     Raises
     ------
     ConfigurationError
-        For sampling, beams, contrastive search or several sequences.
+        For sampling, beams, contrastive search, contrasted layers, several sequences, or a prompt without tokens.
     """
-    for name, usual in (("do_sample", False), ("num_beams", 1), ("num_return_sequences", 1)):
+    plain = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "penalty_alpha": 0.0, "dola_layers": None}
+    for name, usual in plain.items():
         value = getattr(settings, name, None)
         if value not in (usual, None):
             raise ConfigurationError(f"{name} is {value!r}; {what} is a greedy search: set {name}={usual!r}")
     if input_ids.shape[0] != 1:
         raise ConfigurationError(
             f"{what} got {input_ids.shape[0]} sequences; each would advance by another length: call it one by one"
+        )
+    if not input_ids.shape[1]:
+        raise ConfigurationError(
+            f"{what} got a prompt without tokens; give input_ids of at least one, no inputs_embeds"
         )
 
 

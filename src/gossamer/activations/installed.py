@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.positions import DenseTokens, recomputing, token_stacks
 from gossamer.activations.rules import ActivationRules, LowRank
-from gossamer.core.channel_rules import ChannelRule, TopK
+from gossamer.core.channel_rules import ChannelRule, GroupTopK, TopK
 from gossamer.errors import ModelError
 from gossamer.kernels import channels_triton
 from gossamer.kernels.channel_products import input_sparse
@@ -228,15 +228,10 @@ def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> lis
     if thresholds is not None and type(module) is nn.Linear and _product(module.weight.device) is not None:
         return [_LiveChannels(module, site, thresholds)]
     handles: list[Any] = [module.register_forward_pre_hook(site.mask_input)]
-    return (
-        handles
-        if site.low_rank is None
-        else [
-            *handles,
-            # a layer that raises, as checkpointing's second pass does on purpose, must not keep what it was given
-            module.register_forward_hook(site.add_rest, always_call=True),
-        ]
-    )
+    if site.low_rank is not None:
+        # a layer that raises, as checkpointing's second pass does on purpose, must not keep what it was given
+        handles.append(module.register_forward_hook(site.add_rest, always_call=True))
+    return handles
 
 
 _FEW = 32  # vectors; with more, the union of what they want is nearly everything
@@ -306,6 +301,11 @@ def _check(rules: ActivationRules, inputs: Mapping[str, InputSite], gates: Mappi
         if isinstance(rule.selection, TopK) and rule.selection.keep > site.width:
             raise ModelError(
                 f"{name}: the rule keeps {rule.selection.keep} channels, this model has {site.width}; calibrate on it"
+            )
+        if isinstance(rule.selection, GroupTopK) and site.width % rule.selection.group:
+            raise ModelError(
+                f"{name}: the rule is for groups of {rule.selection.group} channels, which do not divide this model's "
+                f"{site.width}; calibrate on it"
             )
     for name, factors in rules.low_rank.items():
         place = inputs.get(name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gossamer.activations.base import check_dense, install
 from gossamer.activations.budgets import largest_within
 from gossamer.activations.installed import Installed
+from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules
 from gossamer.activations.truncation import Truncation, middle_activations
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK, column_norms
@@ -132,8 +133,9 @@ def ppl_p_of_checkpoints(
     list of PPLSparsity
         One for each checkpoint, all with the same setting.
     """
-    if not p > 0 or metric not in ("cett", "top-k", "fat"):
-        raise ConfigurationError(f"p is {p} and metric {metric!r}; p must be above 0, metric of cett, top-k, fat")
+    _check_price(p)
+    if metric not in _BRACKETS:
+        raise ConfigurationError(f"metric {metric!r} is unknown; it must be cett, top-k or fat")
     batches = prepared(data)
     if not models or not all(isinstance(batch, Tensor) for batch in batches):
         raise CalibrationError("PPL-p% sparsity is a price in perplexity; give a model and batches of token ids")
@@ -145,6 +147,11 @@ def ppl_p_of_checkpoints(
     low, high = _BRACKETS[metric]
     best = largest_within(ratio, 1 + p / 100, low, high, tolerance)
     return [each.at(best) for each in priced]
+
+
+def _check_price(p: float) -> None:
+    if not p > 0:
+        raise ConfigurationError(f"p is {p!r}; it must be a price in percent above 0, such as 1")
 
 
 class _Priced:
@@ -236,6 +243,10 @@ class PPLBudget:
     p: float = 1.0
     dense_prefill: float = 0.01
     rules_: ActivationRules = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_price(self.p)
+        DenseTokens(self.dense_prefill)
 
     def calibrate(self, model: nn.Module, data: Iterable[Batch], progress: bool = True) -> ActivationRules:
         """Find the thresholds; see :func:`ppl_p_sparsity`."""

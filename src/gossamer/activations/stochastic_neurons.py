@@ -53,7 +53,9 @@ def rate_penalty(rates: Tensor, target: float, kind: Penalty = "kl", per: Scope 
         if name not in known:
             raise UnknownNameError(word, name, known)
     _check_rate(target)
-    mean = rates.mean(0 if per == "batch" else 1)
+    # in half precision the bounds below would be 0 and 1
+    wide = torch.promote_types(rates.dtype, torch.float32)
+    mean = rates.mean(0 if per == "batch" else 1, dtype=wide)
     if kind == "squared":
         return (mean - target).square().mean()
     mean = mean.clamp(1e-6, 1 - 1e-6)
