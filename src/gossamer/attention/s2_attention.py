@@ -106,7 +106,7 @@ class S2Attention(base.SparseAttention):
         pattern = self.pattern(call.query.shape[1], call.key.shape[1])
         keys = call.key.shape[2]
         first, last = _real(call)
-        if call.phase == "decode" and not call.query.requires_grad:
+        if call.phase == "decode":
             return _one_query(call, pattern, self.block_size, first, last)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

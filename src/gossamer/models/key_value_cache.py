@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from gossamer.errors import ConfigurationError
 
@@ -44,7 +44,9 @@ class RewritableLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self._memory is None or end > self._memory[0].shape[-2]:
+        memory = self._memory
+        # what may be needed for a gradient is not written to again
+        if memory is None or end > memory[0].shape[-2] or any(part.requires_grad for part in memory):
             self._grow(end, key_states, value_states)
         views = []
         for memory, states in zip(self._memory or (), (key_states, value_states)):
@@ -93,6 +95,17 @@ def rewritable(cache: Any) -> Any:
         if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
             cache.layer_class_to_replicate = RewritableLayer
     return cache
+
+
+def empty_cache(model: Any) -> Any:
+    """A rewritable cache of the kind that a model of transformers generates with.
+
+    Raises
+    ------
+    ConfigurationError
+        If that kind cannot be rewritten, as with sliding windows; see :func:`rewritable`.
+    """
+    return rewritable(DynamicCache(config=model.config.get_text_config(decoder=True)))
 
 
 def crop_to(cache: Any, tokens: int) -> None:
