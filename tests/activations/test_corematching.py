@@ -387,6 +387,38 @@ def test_a_streamer_is_told_of_every_token(sharp, listener):
     assert listener.ended == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+@pytest.mark.parametrize(
+    "method",
+    [CoreMatching(layer=2, prune_neurons=False), CoreMatching(schedule="cache", layers=range(3), prune_neurons=False)],
+)
+def test_models_that_name_no_masks_and_count_their_tokens_at_the_end(family, method):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    config = transformers.AutoConfig.for_model(family, **sizes, **({"rotary_dim": 8} if family == "gptj" else {}))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    kept, more = torch.tensor([*range(6), 8, 13, *range(20, 30)]), torch.tensor([[4, 8, 15]])
+    mask = torch.zeros(1, 33, dtype=torch.long).index_fill_(1, kept, 1)
+    mask[:, 30:] = 1
+    cache = model(PROMPT, use_cache=True).past_key_values
+    positions = torch.arange(30, 33)[None]
+    expected = model(more, past_key_values=cache, attention_mask=mask, position_ids=positions).logits[0]
+    generator = method.install(model)
+    prompt = generator.read(PROMPT, droppable(), kept=kept)
+    found = generator.extend(prompt, more)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_leave_early_and_the_prompt_has_its_length_at_the_end():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=2, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    generator = CoreMatching(layer=0).install(model, IMAGE)
+    assert generator.generate(input_ids=PROMPT, **OPTIONS).shape[1] == PROMPT.shape[1] + OPTIONS["max_new_tokens"]
+    assert len(generator.prompt.kept) < PROMPT.shape[1]
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
@@ -421,9 +453,15 @@ def test_models_that_do_not_fit_are_refused(sharp):
         CoreMatching().install(nn.Linear(3, 3))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 97, "max_position_embeddings": 64}
-    gemma = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **more)).eval()
+    gemma = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **more))
     with pytest.raises(ConfigurationError, match="SlidingWindow"):
-        CoreMatching().install(gemma, IMAGE).generate(input_ids=PROMPT, **OPTIONS)
+        CoreMatching().install(gemma, IMAGE)
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    falcon = transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=97, alibi=True, **sizes))
+    for counting in (bloom, falcon):
+        with pytest.raises(ModelError, match=r"takes no positions of tokens .* ALiBi; CoreMatching"):
+            CoreMatching(schedule="cache").install(counting, IMAGE)
 
 
 # ------------------------------------------------------------------------------------------ operations

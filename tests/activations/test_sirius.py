@@ -10,7 +10,7 @@ from gossamer.activations.contextual import ContextualSparse
 from gossamer.activations.draft_tree import DraftTree
 from gossamer.activations.greedy_text import GreedyText
 from gossamer.activations.sirius import Sirius, SiriusGenerator, SiriusStats, Window
-from gossamer.errors import CalibrationError, ConfigurationError, SparsityError
+from gossamer.errors import CalibrationError, ConfigurationError, ModelError, SparsityError
 from gossamer.methods import create
 
 PROMPT = torch.tensor([[5, 9, 3, 44, 80, 13, 7, 51, 23]])
@@ -259,7 +259,7 @@ def test_what_is_not_greedy_or_not_one_sequence_is_refused(sharp):
         ours.generate(input_ids=PROMPT.repeat(2, 1), **OPTIONS)
     with pytest.raises(ConfigurationError, match="num_beams"):
         ours.generate(input_ids=PROMPT, num_beams=2, **OPTIONS)
-    with pytest.raises(ConfigurationError, match="penalty_alpha is 0.6"):
+    with pytest.raises(ConfigurationError, match=r"penalty_alpha is 0\.6"):
         ours.generate(input_ids=PROMPT, penalty_alpha=0.6, top_k=4, **OPTIONS)
     with pytest.raises(ConfigurationError, match="dola_layers is 'high'"):
         ours.generate(input_ids=PROMPT, dola_layers="high", **OPTIONS)
@@ -295,6 +295,16 @@ def test_a_model_with_sliding_windows_is_refused():
 def test_settings_out_of_range_are_refused(settings, tiny_llama):
     with pytest.raises(ConfigurationError, match=next(iter(settings))):
         generator(tiny_llama, **settings)
+
+
+def test_trees_need_positions_that_can_be_told():
+    bloom = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0)
+    )
+    with pytest.raises(ModelError, match=r"BloomForCausalLM takes no positions .* ALiBi; a tree of drafts"):
+        Sirius(tree_width=2).install(bloom)
+    found = generator(bloom.eval(), accept="exact").generate(input_ids=PROMPT, **OPTIONS)
+    assert torch.equal(found.sequences, greedy(bloom))
 
 
 def test_the_registered_method_makes_a_generator_that_can_be_removed(sharp):

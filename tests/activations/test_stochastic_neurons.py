@@ -201,6 +201,7 @@ def test_gates_train_in_half_precision(estimator):
     gates = gate(torch.randn(1, 12).half())  # of one example rates may be 0 and 1
     (gate.penalty() + gates.float().sum()).backward()
     assert gates.dtype == torch.float16
+    assert torch.isfinite(gate.penalty())
     assert all(torch.isfinite(parameter.grad).all() for parameter in gate.parameters())
 
 

@@ -47,6 +47,13 @@ def test_roles_come_from_what_layers_do_and_not_from_their_names():
     assert roles["model.layers.0.mlp.gate_proj"] == "up"
 
 
+def test_what_a_hook_in_a_layer_raises_comes_out():
+    model = tiny_model()
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        find_input_sites(model)
+
+
 def test_large_weights_do_not_make_a_gate_look_linear():
     model = tiny_model()
     with torch.no_grad():

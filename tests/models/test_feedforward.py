@@ -7,8 +7,10 @@ import torch
 import transformers
 from torch import nn
 
-from gossamer.errors import ModelError, TargetError
+from gossamer.errors import ModelError, NonFiniteError, TargetError
+from gossamer.models.activation_sites import find_input_sites
 from gossamer.models.feedforward_search import choose_feed_forwards, find_feed_forwards
+from gossamer.models.feedforward_taps import feed_forward_taps
 
 SMALL = {
     "hidden_size": 32,
@@ -174,6 +176,16 @@ def test_the_search_works_in_inference_mode_and_refuses_a_model_that_was_made_in
         made_inside = build("llama", **CASES["llama"][0])
     with pytest.raises(ModelError, match=r"load the model outside"):
         find_feed_forwards(made_inside)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_weight_is_named_where_it_hides_the_layers(value):
+    model = build("llama", **CASES["llama"][0])
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = value
+    for search in (find_feed_forwards, feed_forward_taps, find_input_sites):
+        with pytest.raises(NonFiniteError, match=r"layers\.0\.mlp\.up_proj\.weight: 1 of"):
+            search(model)
 
 
 def test_globs_choose_and_a_glob_without_a_match_names_what_there_is():

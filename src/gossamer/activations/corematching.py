@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from gossamer.activations.core_sets import CoreNeurons, CoreTokens
 from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, run_generate
-from gossamer.activations.text_positions import noting_positions, position_shift
+from gossamer.activations.text_positions import check_positions, noting_positions, position_shift
+from gossamer.activations.thinned_calls import behind, on_hidden, on_inputs, restored, thinned
 from gossamer.core.registry import register
 from gossamer.errors import CalibrationError, ConfigurationError, ModelError
 from gossamer.measure.windows import evaluation_mode
 from gossamer.models.blocks import accepted, find_stacks
 from gossamer.models.feedforward import FeedForward
 from gossamer.models.feedforward_search import find_feed_forwards
-from gossamer.models.key_value_cache import keep_positions, rewritable
+from gossamer.models.key_value_cache import empty_cache, keep_positions, rewritable
 from gossamer.models.sliced_feedforward import SlicedFeedForward, slice_gated_ffn
 
 Droppable = slice | Tensor | int
@@ -82,9 +83,9 @@ class CoreMatchingGenerator:
     Raises
     ------
     ModelError
-        If the model has no blocks, or a block without a feed-forward layer.
+        If the model has no blocks, a block without a feed-forward layer, or positions that cannot be told (ALiBi).
     ConfigurationError
-        If the model has no such layer.
+        If the model has no such layer, or sliding windows, whose cache cannot be thinned out.
     """
 
     def __init__(self, model: nn.Module, settings: CoreMatching, image_slice: Droppable | None = None):
@@ -93,6 +94,8 @@ class CoreMatchingGenerator:
         stacks = find_stacks(decoder)
         if not stacks:
             raise ModelError(f"{type(model).__name__} has no stack of blocks; tokens are dropped between blocks")
+        check_positions(model, "CoreMatching")
+        empty_cache(model)  # raises if it could not be thinned out
         self.blocks = list(stacks[-1].blocks.values())
         by_block = {layer.block: layer for layer in find_feed_forwards(decoder)}
         missing = next((name for name in stacks[-1].blocks if name not in by_block), None)
@@ -194,16 +197,14 @@ class CoreMatchingGenerator:
         kept
             The tokens to keep, where something else than the core tokens is to be tried; the last must be among them.
         cache
-            An empty one; by default a new ``DynamicCache``.
+            An empty one; by default a new one.
         neurons
             Whether to find core neurons; by default as the settings say.
         **model_inputs
             What else the model needs for the prompt, such as pixels.
         """
-        from transformers import DynamicCache
-
         length = input_ids.shape[1]
-        cache = rewritable(DynamicCache() if cache is None else cache)
+        cache = empty_cache(self.model) if cache is None else rewritable(cache)
         wanted = self.settings.prune_neurons if neurons is None else neurons
         chosen: dict[int, Tensor] = {}
         choosing = self._choosing(length, droppable, kept, chosen, wanted)
@@ -266,22 +267,21 @@ class CoreMatchingGenerator:
 
             return hook
 
-        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (_thinned(output[0], stays[self.layer], length), *output[1:])
-            return _thinned(output, stays[self.layer], length)
+        def thin(value: Any) -> Any:
+            return thinned(value, stays[self.layer], length)
 
-        def follow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            index = stays[self.layer]
-            rest = {name: _thinned(value, index, length) for name, value in kwargs.items() if name != "hidden_states"}
-            return (*args[:1], *(_thinned(value, index, length) for value in args[1:])), {**kwargs, **rest}
+        def restore(hidden: Tensor) -> Tensor:
+            return restored(hidden, stays[self.layer], length)
 
         handles: list[Any] = [
             layer.down.module.register_forward_pre_hook(look(number)) for number, layer in enumerate(self.layers)
         ]
         if settings.schedule == "drop":
-            handles.append(self.blocks[self.layer].register_forward_hook(leave))
-            handles += [b.register_forward_pre_hook(follow, with_kwargs=True) for b in self.blocks[self.layer + 1 :]]
+            later = self.blocks[self.layer + 1 :]
+            handles.append(self.blocks[self.layer].register_forward_hook(on_hidden(thin)))
+            handles += [block.register_forward_pre_hook(on_inputs(thin), with_kwargs=True) for block in later]
+            # some models insist on as many tokens as they were given; nobody looks at those that have left
+            handles.append(self.blocks[-1].register_forward_hook(on_hidden(restore)))
         try:
             yield stays
         finally:
@@ -293,13 +293,7 @@ class CoreMatchingGenerator:
         """Each block gets a mask as long as its own cache; the model makes one for all, from its first layer."""
 
         def fit(number: int) -> Any:
-            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-                mask = kwargs.get("attention_mask")
-                if isinstance(mask, Tensor) and mask.dim() == 4:
-                    kwargs = {**kwargs, "attention_mask": _behind(mask, prompt.cache.get_seq_length(number))}
-                return args, kwargs
-
-            return hook
+            return on_inputs(lambda value: behind(value, prompt.cache.get_seq_length(number)))
 
         blocks = enumerate(self.blocks) if prompt.own else ()
         handles = [block.register_forward_pre_hook(fit(number), with_kwargs=True) for number, block in blocks]
@@ -365,20 +359,6 @@ class CoreMatching:
         return CoreMatchingGenerator(model, self, image_slice)
 
 
-def _thinned(value: Any, kept: Tensor, length: int) -> Any:
-    """What a later block is called with, for the kept tokens only: hidden states, rotary embeddings, masks."""
-    if isinstance(value, tuple):
-        return tuple(_thinned(part, kept, length) for part in value)
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return value
-    # masks run over tokens twice, (batch, heads, queries, keys); what is one-dimensional is a list of positions
-    dims = {1: (0,), 2: (1,), 3: (1,)}.get(value.dim(), (value.dim() - 2, value.dim() - 1))
-    for dim in dims:
-        if value.shape[dim] == length:
-            value = value.index_select(dim, kept.to(value.device))
-    return value
-
-
 def _checked(kept: Tensor, length: int) -> Tensor:
     if not len(kept) or int(kept[-1]) != length - 1 or int(kept[0]) < 0 or bool((kept.diff() <= 0).any()):
         raise ConfigurationError(
@@ -386,10 +366,3 @@ def _checked(kept: Tensor, length: int) -> Tensor:
             f"follows; keep ascending places up to {length - 1}"
         )
     return kept
-
-
-def _behind(mask: Tensor, entries: int) -> Tensor:
-    """A mask ``(…, tokens, …)`` for tokens behind as many entries of a cache, all of which they see."""
-    tokens = mask.shape[-2]
-    seen = mask.new_ones(()) if mask.dtype == torch.bool else mask.new_zeros(())
-    return torch.cat([seen.expand(*mask.shape[:-1], entries), mask[..., -tokens:]], dim=-1)

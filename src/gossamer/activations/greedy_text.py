@@ -111,9 +111,7 @@ def check_greedy(input_ids: Tensor, settings: Any, what: str) -> None:
             f"{what} got {input_ids.shape[0]} sequences; each would advance by another length: call it one by one"
         )
     if not input_ids.shape[1]:
-        raise ConfigurationError(
-            f"{what} got a prompt without tokens; give input_ids of at least one, no inputs_embeds"
-        )
+        raise ConfigurationError(f"{what} got a prompt without tokens; give input_ids of one or more, no inputs_embeds")
 
 
 def prompt_inputs(input_ids: Tensor, model_inputs: Mapping[str, Any], past: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gossamer.activations.correction_runtimes import CompiledText, NativeText, R
 from gossamer.activations.correction_stats import SiriusStats, Window
 from gossamer.activations.draft_tree import DraftTree
 from gossamer.activations.greedy_text import GreedyText, check_greedy, prompt_inputs, run_generate
-from gossamer.activations.text_positions import PlacedText, noting_positions, position_shift
+from gossamer.activations.text_positions import PlacedText, check_positions, noting_positions, position_shift
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, check_sparsity
 from gossamer.measure.windows import evaluation_mode
@@ -97,7 +97,7 @@ class SiriusGenerator:
     ConfigurationError
         If a value is out of its range, settings do not fit each other, or the sparsity belongs to another model.
     ModelError
-        If the model cannot run in the native runtime.
+        If the model cannot run in the native runtime, or a tree in the model, as with ALiBi.
     """
 
     def __init__(
@@ -121,8 +121,10 @@ class SiriusGenerator:
             raise ConfigurationError("sparse was made for another model; make a ContextualSparse of the one you give")
         if tree_width > 1 and not (rewrite and rollback):
             raise ConfigurationError("rewrite=False and rollback=False are for tree_width=1; a tree needs both")
-        self.model, self.sparse = model, sparse
-        self.kernel_size, self.thr, self.tau, self.tree_width = kernel_size, thr, tau, tree_width
+        if tree_width > 1:
+            check_positions(model, "a tree of drafts")
+        self.model, self.sparse, self.tree_width = model, sparse, tree_width
+        self.kernel_size, self.thr, self.tau = kernel_size, thr, tau
         self.accept, self.rewrite, self.rollback = accept, rewrite, rollback
         self.stats = SiriusStats(kernel_size, sparse.density)
         self.streamed: StreamedFeedForwards | None = None
@@ -257,8 +259,7 @@ class SiriusGenerator:
             known = self._text.best if text.is_plain else None
             word = int(text.scores(logits[place], words).argmax()) if known is None else known
             return [(tree.add(word, place), 0.0, text.ends([*words, word]))]
-        candidates: list[tuple[float, int, int | None]] = []
-        candidates += [(score, place, None) for place, score, ended in beam if ended]
+        candidates: list[tuple[float, int, int | None]] = [(score, at, None) for at, score, ended in beam if ended]
         for place, score, ended in beam:
             if ended:
                 continue
@@ -313,8 +314,7 @@ class SiriusGenerator:
 
 def _prompt(model: Any, cache: Any, inputs: dict[str, Any]) -> Tensor:
     """Logits ``(vocabulary,)`` behind a prompt, which goes into the cache."""
-    few = accepted(model, logits_to_keep=1)
-    return model(past_key_values=cache, use_cache=True, **inputs, **few).logits[0, -1]
+    return model(past_key_values=cache, use_cache=True, **inputs, **accepted(model, logits_to_keep=1)).logits[0, -1]
 
 
 @register(

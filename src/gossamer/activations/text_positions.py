@@ -14,6 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.activations.correction_runtimes import EagerText
+from gossamer.errors import ModelError
+from gossamer.models.blocks import accepted
+
+
+def check_positions(model: Any, what: str) -> None:
+    """Refuse a model to which the positions of tokens cannot be told.
+
+    Raises
+    ------
+    ModelError
+        If it takes none, as with ALiBi, where they are counted by what is in the cache.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not accepted(decoder, position_ids=None) or getattr(decoder.config, "alibi", False):
+        raise ModelError(
+            f"{type(model).__name__} takes no positions of tokens but counts them, as with ALiBi; {what} has to tell "
+            f"them: use a model with rotary or learned positions"
+        )
 
 
 @contextmanager

@@ -308,7 +308,7 @@ def _run(layer: FeedForward, noise: Tensor) -> Tensor:
     training = [module for module in layer.module.modules() if module.training]
     layer.module.eval()
     try:
-        call_container(layer.module, noise)
+        call_container(layer.module, noise, strict=True)
     finally:
         handle.remove()
         for module in training:

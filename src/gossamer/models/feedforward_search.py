@@ -10,7 +10,7 @@ gated and plain layers pass, whatever they are called.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -39,6 +39,8 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
         If there is none.
     ModelError
         If the search fails because the model was made inside of ``torch.inference_mode()``.
+    NonFiniteError
+        If it fails and a weight is NaN or infinite, which hides what depends on what.
     """
     linear = {
         id(t.module): t
@@ -54,6 +56,7 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
         found[own] = FeedForward(own, module, block, inputs, down)
     if not found:
         _check_gradients(model)
+        _check_finite(linear.values())
         raise TargetError(
             f"no feed-forward layer in {type(model).__name__}: none of its {len(linear)} linear layers form a pair "
             f"d→m→d with independent channels in the middle; prune weights instead, for instance with 'wanda'"
@@ -106,6 +109,12 @@ def _check_gradients(model: nn.Module) -> None:
             f"{name} was made inside of torch.inference_mode(), and no gradient goes through it, by which feed-forward "
             f"layers are found; load the model outside of that mode"
         )
+
+
+def _check_finite(targets: Iterable[Target]) -> None:
+    for target in targets:
+        with onloaded(target.module):
+            target.check_finite()
 
 
 _Found = tuple[str, nn.Module, tuple[Target, ...], Target]
@@ -257,10 +266,11 @@ def _run_noting(module: nn.Module, loose: list[Target], noise: Tensor) -> dict[i
     return {} if output is None else seen
 
 
-def call_container(module: nn.Module, hidden: Tensor) -> Tensor | None:
+def call_container(module: nn.Module, hidden: Tensor, strict: bool = False) -> Tensor | None:
     """Call a container with a hidden state, and whatever else it insists on with nothing, or else with the same.
 
-    None if it does not work: then it is something else than a feed-forward layer.
+    None if it does not work: then it is something else than a feed-forward layer. With `strict`, what it raises is
+    raised again: then it is known to be one.
     """
     required = [
         p
@@ -271,6 +281,8 @@ def call_container(module: nn.Module, hidden: Tensor) -> Tensor | None:
         try:
             output = module(hidden, *[other] * (len(required) - 1))
         except Exception:  # a module that is not meant to be called like this may raise anything
+            if strict and other is hidden:
+                raise
             continue
         output = output[0] if isinstance(output, (tuple, list)) else output
         return output if isinstance(output, Tensor) else None
