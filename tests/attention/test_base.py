@@ -146,10 +146,18 @@ def test_every_method_trains_and_generates_under_autocast(tiny_llama, name):
 def test_a_batch_padded_beyond_its_longest_sequence_is_read_sparsely(tiny_llama):
     mask = torch.ones(2, 80, dtype=torch.long)
     mask[:, 76:], mask[1, 70:] = 0, 0
-    with torch.no_grad(), XAttention(block_size=8, stride=4, threshold=0.5).active(tiny_llama) as installed:
+    method, masks = XAttention(block_size=8, stride=4, threshold=0.5), []
+    method.prefill, prefill = lambda call: masks.append(prefill(call)) or masks[-1], method.prefill
+    with torch.no_grad(), method.active(tiny_llama) as installed:
         padded = tiny_llama(ids(2, 80), attention_mask=mask).logits
-        assert 0 < installed.report().density("prefill") < 0.95
-        assert {tally.masked_calls for tally in installed.report().tallies.values()} == {0}
+        tallies = installed.report().tallies
+    real = mask.bool()[:, None, :, None] & mask.bool()[:, None, None]
+    for layer, chosen in enumerate(masks):
+        tally = tallies[layer, "prefill"]
+        assert tally.masked_calls == 0
+        assert tally.allowed == 76 * 77 / 2 + 70 * 71 / 2
+        assert tally.computed == pytest.approx(int((chosen.to_dense() & real).sum()) / 4, rel=1e-12)
+        assert tally.density < 1
     with torch.no_grad(), XAttention(threshold=1.0).active(tiny_llama):
         dense = tiny_llama(ids(2, 80), attention_mask=mask).logits
     assert bool(torch.isfinite(padded).all())

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 from gossamer.attention import offloaded_decoding
 from gossamer.attention.offloaded_decoding import OffloadedDoubleSparsity, OffloadedLayer
 from gossamer.models.attention_sites import AttentionCall
+
+
+def test_fetched_tokens_are_counted_without_padding(tiny_llama):
+    tokens = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :15] = 0
+    rules = OffloadedDoubleSparsity(tokens=8, channels=4, dense_layers=(), dense_last=False)
+    rules.calibrate(tiny_llama, [tokens], progress=False)
+    with rules.active(tiny_llama) as installed:
+        tiny_llama.generate(tokens, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        tallies = installed.report().tallies
+    for layer in range(3):
+        tally = tallies[layer, "decode"]
+        assert tally.allowed == (41 + 26) + (42 + 27)
+        assert tally.computed == pytest.approx(2 * 2 * 8)
 
 
 def test_dense_attention_over_keys_that_lie_elsewhere_brings_them_first(tiny_llama, monkeypatch):

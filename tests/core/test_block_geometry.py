@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,6 +51,27 @@ def test_ends_are_the_first_blocks_and_the_last_before_a_row(shape):
             wanted = [j for j in wanted if not causal or j <= own]
             assert found[row].nonzero().flatten().tolist() == wanted
         assert geometry.ends(first, last) is found
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 7, 50])
+@pytest.mark.parametrize(
+    ("queries", "keys", "size"), [(23, 23, (4, 7)), (9, 23, (5, 3)), (1, 23, (1, 6)), (23, 23, (23, 23))]
+)
+def test_real_pairs_are_those_that_padding_causality_and_a_window_leave(queries, keys, size, window, causal):
+    generator = torch.Generator().manual_seed(queries)
+    real = torch.rand(3, keys, generator=generator) < torch.tensor([[1.0], [0.6], [0.0]])
+    links = real[:, None].expand(-1, queries, -1)
+    if causal or queries == keys:
+        links = links & real[:, -queries:, None]
+    if causal:
+        place, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+        links = links & (key <= place) & (key > place - (keys if window is None else window))
+    found = BlockGeometry.of(queries, keys, size, causal, CPU).real_pairs(real, window)
+    assert found.sum() == links.sum()
+    for row, column in itertools.product(*map(range, found.shape[1:])):
+        block = links[:, row * size[0] :][:, : size[0], column * size[1] :][..., : size[1]]
+        assert found[:, row, column].tolist() == block.sum((1, 2)).tolist()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class AdaSpa(StepwiseAttention):
         output = block_sparse_attention(
             call.query, call.key, call.value, mask, scale=call.scale, key_mask=call.key_mask
         )
-        return Answer(output, mask.density)
+        return Answer(output, mask.real_density(call.key_mask))
 
     def _mass(self, call: AttentionCall, lse: Tensor) -> Tensor:
         return block_mass(

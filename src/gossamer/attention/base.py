@@ -7,7 +7,6 @@ and taken out again.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gossamer.attention.density import DensityReport, Tally
+from gossamer.attention.density import COUNTING, DensityReport, Tally
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError
 from gossamer.kernels.attention import block_sparse_attention, gather_attention
@@ -46,10 +45,16 @@ class TokenSelection:
         order = meant.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
         return cls(indices.gather(-1, order), meant.sum(-1))
 
-    def density(self, keys: int) -> float:
-        """Share of the keys that is read."""
-        read = float(self.indices.shape[-1]) if self.counts is None else float(self.counts.double().mean())
-        return read / keys
+    def density(self, keys: int, real: Tensor | None = None) -> float:
+        """Share of the keys that is read; of those that are no padding, ``(batch, keys)``, where they are told."""
+        if real is None:
+            read = float(self.indices.shape[-1]) if self.counts is None else float(self.counts.double().mean())
+            return read / keys
+        real = real & real[:, -1:]  # of a query that is padding nothing counts
+        read = real[:, None].expand(-1, self.indices.shape[1], -1).gather(-1, self.indices)
+        if self.counts is not None:
+            read &= torch.arange(read.shape[-1], device=read.device) < self.counts[..., None]
+        return int(read.sum()) / self.indices.shape[1] / max(int(real.sum()), 1)
 
 
 class Installed:
@@ -71,7 +76,6 @@ class Installed:
     def __init__(self, model: nn.Module, method: SparseAttention):
         self.model, self.method = model, method
         self._tallies: dict[tuple[int, Phase], Tally] = {}
-        self._counting = threading.Lock()  # several threads may use one model
         self._warned = False
         method.reset()
         self._site = self._attach()
@@ -81,12 +85,12 @@ class Installed:
 
     def _attend(self, call: AttentionCall) -> Tensor | None:
         answer = _attended(self.method, call)
-        with self._counting:
+        with COUNTING:
             self._tally(call).add(call, answer)
         return None if answer is None else answer.output
 
     def _masked(self, call: AttentionCall, mask: Tensor) -> None:
-        with self._counting:
+        with COUNTING:
             self._tally(call).add_masked(call, mask)
         if not self._warned:
             self._warned = True
@@ -101,7 +105,7 @@ class Installed:
 
     def report(self) -> DensityReport:
         """What was computed so far."""
-        with self._counting:
+        with COUNTING:
             return DensityReport({where: replace(tally) for where, tally in self._tallies.items()})
 
     def reset(self) -> None:
@@ -129,7 +133,7 @@ class Answer:
     output
         ``(batch, heads, queries, value size)``.
     density
-        Share of the allowed pairs that was computed.
+        Share of the pairs that causality, window and padding allow that was computed.
     pairs
         Pairs of a head that were computed and those that were allowed, over the batch, where a cache that holds less
         than was seen hides them from who only sees the call; None where its lengths tell them.
@@ -178,14 +182,14 @@ class SparseAttention:
             if tokens is None:
                 return None
             output = gather_attention(call.query, call.key, call.value, tokens.indices, tokens.counts, scale=call.scale)
-            return Answer(output, tokens.density(call.key.shape[2]))
+            return Answer(output, tokens.density(call.key.shape[2], call.key_mask))
         mask = self.prefill(call)
         if mask is None:
             return None
         output = block_sparse_attention(
             call.query, call.key, call.value, mask, scale=call.scale, window=call.window, key_mask=call.key_mask
         )
-        return Answer(output, mask.density)
+        return Answer(output, mask.real_density(call.key_mask, call.window))
 
     def install(self, model: nn.Module) -> Installed:
         """Put the method into a model, until ``remove()`` or the end of a ``with`` block.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from gossamer.core.block_geometry import BlockGeometry
 from gossamer.models.attention_sites import AttentionCall, Phase, allowed_links
 
 if TYPE_CHECKING:
     from gossamer.attention.base import Answer
+
+COUNTING = threading.Lock()  # several threads may use one model
 
 
 @dataclass
@@ -45,9 +49,9 @@ class Tally:
         if answer is not None and answer.pairs is not None:
             computed, allowed = answer.pairs
         else:
-            pairs, allowed = _pairs(call)
-            computed = pairs if answer is None else answer.density * pairs
-        self.computed += min(computed, allowed)
+            allowed = allowed_pairs(call)
+            computed = allowed if answer is None else answer.density * allowed
+        self.computed += computed
         self.allowed += allowed
         self.calls += 1
         self.dense_calls += answer is None
@@ -63,15 +67,22 @@ class Tally:
         self.masked_calls += 1
 
 
-def _pairs(call: AttentionCall) -> tuple[float, float]:
-    """Query–key pairs of a head by the lengths of a call, and those among them that are no padding."""
+def allowed_pairs(call: AttentionCall) -> float:
+    """Pairs of a query and a key of a head that causality, a window and padding leave, over the batch."""
     queries, keys = call.query.shape[2], call.key.shape[2]
-    pairs = len(call.query) * (queries * keys - (queries * (queries - 1) / 2 if call.causal else 0))
-    if call.key_mask is None:
-        return pairs, pairs
-    seen = call.key_mask.long()
-    each = (seen.cumsum(1) * seen)[:, -queries:] if call.causal else queries * seen
-    return pairs, float(each.sum())
+    if call.key_mask is not None:
+        whole = BlockGeometry(queries, keys, (queries, keys), call.causal, call.key_mask.device)
+        return float(whole.real_pairs(call.key_mask, call.window).sum())
+    if not call.causal:
+        return float(len(call.query) * queries * keys)
+    window = keys if call.window is None else call.window
+    return float(len(call.query) * (_read_up_to(keys, window) - _read_up_to(keys - queries, window)))
+
+
+def _read_up_to(length: int, window: int) -> int:
+    """Pairs of the first queries of a causal sequence."""
+    short = min(length, window)
+    return short * (short + 1) // 2 + (length - short) * window
 
 
 @dataclass(frozen=True)

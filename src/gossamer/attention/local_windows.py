@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import ConfigurationError
@@ -105,6 +106,17 @@ class WindowMask:
         words = self._words
         return (seen + words * (2 * self.length - words)) / self.length**2
 
+    def real_density(self, real: Tensor | None) -> float:
+        """Share of the pairs of real tokens, bool ``(batch, n)``, that is kept; of all pairs for None."""
+        if real is None:
+            return self.density
+        own = real[:, self.places.to(real.device)].sum(1)  # real tokens at each place, over the frames
+        seen, place = pad(own.cumsum(1), (1, 0)), torch.arange(self.frame, device=real.device)
+        first, last = (place - self.reach).clamp(min=0), (place + self.reach + 1).clamp(max=self.frame)
+        total, words = real.sum(1), real[:, self.words.to(real.device)].sum(1)
+        kept = (own * (seen[:, last] - seen[:, first])).sum(1) + words * (2 * total - words)
+        return int(kept.sum()) / max(int(total.square().sum()), 1)
+
     def to_dense(self) -> Tensor:
         """Every single link, bool ``(1, 1, n, n)``."""
         near = (torch.arange(self.frame)[:, None] - torch.arange(self.frame)).abs() <= self.reach
@@ -121,9 +133,14 @@ class WindowMask:
 Mask = WindowMask | BlockMask | Tensor
 
 
-def mask_density(mask: Mask) -> float:
-    """Share of the pairs that a mask keeps."""
-    return float(mask.double().mean()) if isinstance(mask, Tensor) else mask.density
+def mask_density(mask: Mask, real: Tensor | None = None) -> float:
+    """Share of the pairs that a mask keeps; of those of real tokens, bool ``(batch, n)``, where they are told."""
+    if not isinstance(mask, Tensor):
+        return mask.real_density(real)
+    if real is None:
+        return float(mask.double().mean())
+    both = real[:, None, :, None] & real[:, None, None, :]
+    return float((mask & both).double().mean()) / max(float(both.double().mean()), 1e-12)
 
 
 def masked_attention(

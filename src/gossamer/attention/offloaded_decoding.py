@@ -8,7 +8,6 @@ query: the next layer's queries made of this layer's input, since hidden states 
 from __future__ import annotations
 
 import tempfile
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from gossamer.attention.base import Answer, TokenSelection, missing_calibration
+from gossamer.attention.density import COUNTING
 from gossamer.attention.double_sparsity import DoubleSparsity, LabelInstalled, label_layer, token_count
 from gossamer.attention.label_cache import LabelLayer
 from gossamer.attention.model_cache import PerThread, cache_of
@@ -82,7 +82,7 @@ class HitCounts:
     def add(self, layer: int, guessed: Tensor, true: Tensor) -> None:
         """Compare two selections ``(batch, heads, tokens)``."""
         same = int((guessed[..., None] == true[..., None, :]).any(-1).sum())
-        with _COUNTING:
+        with COUNTING:
             self.hits[layer] = self.hits.get(layer, 0) + same
             self.wanted[layer] = self.wanted.get(layer, 0) + true.numel()
 
@@ -90,9 +90,6 @@ class HitCounts:
     def rates(self) -> dict[int, float]:
         """Layer → share of the wanted tokens that were there."""
         return {layer: hits / self.wanted[layer] for layer, hits in sorted(self.hits.items())}
-
-
-_COUNTING = threading.Lock()  # several threads may use one model
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,9 +199,10 @@ class OffloadedDoubleSparsity(DoubleSparsity):
         fetched = coming.result() if coming is not None else self.fetch(layer, self._true(call, layer, count), call)
         if self.count_hits and coming is not None:
             self.hits.add(call.layer, fetched.selection.indices, self._true(call, layer, count).indices)
-        with _COUNTING:
+        with COUNTING:
             self.hits.fetched_bytes += fetched.keys.nbytes + fetched.values.nbytes
-        return Answer(_over(call, fetched), (fetched.keys.shape[2] + 1) / keys)
+        newest = 1 / keys if call.key_mask is None else len(call.query) / float(call.key_mask.sum())
+        return Answer(_over(call, fetched), fetched.selection.density(keys, call.key_mask) + newest)
 
     def _brought(self, call: AttentionCall) -> Answer | None:
         """The answer over all keys and values, brought to the queries; the caller has them only where they lie."""

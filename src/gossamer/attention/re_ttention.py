@@ -113,7 +113,7 @@ class Rettention(StepwiseAttention):
         output = kept * self._ratio(call)[..., None].to(kept.dtype) if self.ratio else kept
         if self.residual:
             output = output + self.cache.get(call, "residual")
-        return Answer(output, mask_density(mask))
+        return Answer(output, mask_density(mask, call.key_mask))
 
     def _refreshed(self, call: AttentionCall, kept: Tensor, lse_kept: Tensor) -> Answer:
         output, lse = attention_with_lse(

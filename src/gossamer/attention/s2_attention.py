@@ -8,6 +8,7 @@ afterwards. A few layers stay dense.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +116,7 @@ class S2Attention(base.SparseAttention):
 
             return attend_blocks(q, k, v, mask, scale, self.block_size, (self.block_size, self.block_size))
 
-        spare = (keys - call.query.shape[2]) % self.block_size
-        density = pattern.mask(keys, self.block_size, keys - call.query.shape[2] - spare).density
+        density = _density(pattern, self.block_size, keys - call.query.shape[2], first, last)
         if call.key_mask is None:
             return base.Answer(attend(call.query, call.key, call.value, call.scale), density)
         return base.Answer(attend_each(attend, call.query, call.key, call.value, call.scale, first, last), density)
@@ -139,6 +139,25 @@ def _real(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def _one_query(call: AttentionCall, pattern: LocalStridePattern, size: int, first: Tensor, last: Tensor) -> base.Answer:
     """Decoding with a cache that holds everything: only the tokens of the pattern are read."""
+def _density(pattern: LocalStridePattern, size: int, past: int, first: Tensor, last: Tensor) -> float:
+    """Share of the pairs that the queries behind `past` read, of each sequence from its first real key to its last."""
+    kept, allowed = 0.0, 0
+    for (begin, end), times in Counter(zip(first.tolist(), last.tolist())).items():
+        length, before = end - begin, max(past, begin) - begin
+        if length > before:
+            kept += times * (_pairs(pattern, size, length, before) - _pairs(pattern, size, before, before))
+            allowed += times * (length * (length + 1) - before * (before + 1)) // 2
+    return kept / max(allowed, 1)
+
+
+def _pairs(pattern: LocalStridePattern, size: int, length: int, past: int) -> float:
+    """Pairs of a head that queries from the beginning of the block of `past` on read in a sequence of a length."""
+    if length == past - past % size:
+        return 0.0
+    mask = pattern.mask(length, size, past - past % size)
+    return float(mask.densities.mean()) * mask.geometry.pair_count
+
+
     keys = call.key.shape[2]
     rows = {length: pattern.tokens(length, size) for length in set((keys - first).tolist()) if length > 0}
     width = max((indices.shape[1] for indices, _ in rows.values()), default=0)
@@ -150,7 +169,8 @@ def _one_query(call: AttentionCall, pattern: LocalStridePattern, size: int, firs
             indices[row, :, : found.shape[1]] = found + begin
     indices = indices.clamp(max=keys - 1).to(call.key.device)
     out = gather_attention(call.query, call.key, call.value, indices, counts.to(call.key.device), scale=call.scale)
-    return base.Answer(out, float(counts.double().mean()) / keys)
+    real = int((keys - first)[last == keys].sum())
+    return base.Answer(out, int(counts.sum()) / heads / max(real, 1))
 
 
 def _from_cache(call: AttentionCall, shards: ShardedLayer) -> base.Answer:

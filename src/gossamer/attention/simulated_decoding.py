@@ -165,13 +165,17 @@ class SimulatedDecoding(SparseAttention):
         if call.layer in self.dense_layers or call.slides or not call.causal or call.query.shape[2] <= self.start:
             return None
         outputs, read, seen = [], 0.0, 0.0
+        real = torch.ones_like(call.query[:, 0, :, 0], dtype=torch.bool)
+        if call.key_mask is not None:
+            real = call.key_mask[:, -call.query.shape[2] :]
         for first, last in _chunks(call, self.start):
             visible = visible_keys(call, first, last)
             kept = self.kept(call, first, last, visible) if first >= self.start else visible
             shares = true_scores(call, first, last).masked_fill(~kept, float("-inf")).softmax(-1).nan_to_num(0.0)
             outputs.append(shares @ call.value.float().repeat_interleave(call.group, 1))
-            read += float(kept.sum()) / kept.shape[1]
-            seen += float(visible.expand(len(call.query), -1, -1, -1).sum())
+            asks = real[:, None, first:last, None]
+            read += float((kept & asks).sum()) / kept.shape[1]
+            seen += float((visible & asks).expand(len(call.query), -1, -1, -1).sum())
         return Answer(torch.cat(outputs, 2).to(call.query.dtype), read / max(seen, 1.0))
 
     def kept(self, call: AttentionCall, first: int, last: int, visible: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class SparseD(StepwiseAttention):
         output = block_sparse_attention(
             call.query, call.key, call.value, mask, scale=call.scale, key_mask=call.key_mask
         )
-        return Answer(output, mask.density)
+        return Answer(output, mask.real_density(call.key_mask))
 
     def pattern(self, call: AttentionCall, lse: Tensor) -> BlockMask:
         """The blocks to keep, from exact weights; no n × n matrix is formed.

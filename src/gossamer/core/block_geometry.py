@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gossamer.errors import ConfigurationError
 
@@ -101,6 +102,38 @@ class BlockGeometry:
     def pair_count(self) -> int:
         """All pairs that are allowed."""
         return int(self.pairs.sum())
+
+    def real_pairs(self, real: Tensor, window: int | None = None) -> Tensor:
+        """Pairs that each block allows of which neither is padding, and that a window allows.
+
+        Parameters
+        ----------
+        real
+            Which keys are no padding, bool ``(batch, key_length)``. Queries are the last of the keys, and padding like
+            them; only if nothing is causal, fewer or more queries are not keys, and none is padding.
+        window
+            Keys up to its own that a causal query reads at most; None for all.
+
+        Returns
+        -------
+        Tensor
+            int64 ``(batch, query blocks, key blocks)``.
+        """
+        keys, device = self.key_length, real.device
+        among = self.causal or self.query_length == keys
+        asks = real[:, keys - self.query_length :] if among else real.new_ones(len(real), self.query_length)
+        before = pad(real.cumsum(1), (1, 0))  # how many real keys there are before each place
+        edges = pad(self._starts(1).to(device), (0, 1), value=keys)
+        last = torch.full((self.query_length,), keys, device=device)
+        first = torch.zeros_like(last)
+        if self.causal:
+            last = torch.arange(keys - self.query_length, keys, device=device) + 1
+            first = first if window is None else (last - window).clamp(min=0)
+        found = []
+        for rows in torch.arange(self.query_length, device=device).split(self.block_size[0]):
+            read = before[:, edges.clamp(first[rows, None], last[rows, None])].diff(dim=-1)
+            found.append((read * asks[:, rows, None]).sum(1))
+        return torch.stack(found, 1)
 
     def ends(self, first: int, last: int) -> Tensor:
         """The first blocks of every row and the last ones up to the row's own, bool, as :attr:`allowed`."""

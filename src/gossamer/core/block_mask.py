@@ -132,6 +132,24 @@ class BlockMask:
         kept = torch.where(self.blocks, self.pairs, 0).sum((-2, -1))
         return kept.double() / self.geometry.pair_count
 
+    def real_density(self, real: Tensor | None, window: int | None = None) -> float:
+        """:attr:`density` of the pairs that padding and a window leave; see :meth:`BlockGeometry.real_pairs`.
+
+        Parameters
+        ----------
+        real
+            Bool ``(batch, key_length)``, False at padding; None if there is none.
+        window
+            Keys up to its own that a query reads at most; None for all.
+        """
+        if real is None and (window is None or window >= self.key_length):
+            return self.density
+        if real is None:
+            real = torch.ones(1, self.key_length, dtype=torch.bool, device=self.blocks.device)
+        pairs = self.geometry.real_pairs(real, window)
+        kept = torch.where(self.blocks, pairs[:, None], 0).sum((-2, -1)).double().mean()
+        return float(kept) / max(float(pairs.sum((-2, -1)).double().mean()), 1e-12)
+
     @cached_property
     def _lists(self) -> tuple[Tensor, Tensor]:
         return _compressed(self.blocks)
