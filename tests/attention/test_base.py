@@ -11,14 +11,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gossamer.attention.ada_snap_kv import AdaSnapKV
 from gossamer.attention.block_sparse import BlockSparse
+from gossamer.attention.channel_order import ChannelOrder
 from gossamer.attention.double_sparsity import DoubleSparsity
 from gossamer.attention.flex_prefill import FlexPrefill
 from gossamer.attention.quest import Quest
 from gossamer.attention.s2_attention import S2Attention
 from gossamer.attention.snap_kv import SnapKV
+from gossamer.attention.thresholds import HeadThresholds
 from gossamer.attention.vertical_slash import VerticalSlash
 from gossamer.attention.xattention import XAttention
-from gossamer.errors import ConfigurationError
+from gossamer.errors import CalibrationError, ConfigurationError
 
 PREFILL = {
     "xattention": lambda: XAttention(block_size=16, stride=4, threshold=0.7),
@@ -116,6 +118,31 @@ def test_a_single_query_is_a_step_of_decoding():
 def test_what_a_method_cannot_follow_is_refused_by_name(options, said):
     with pytest.raises(ConfigurationError, match=said):
         XAttention()(*draw(), **options)
+
+
+def test_a_function_of_no_layer_in_particular_is_never_dense():
+    for q, k, v, method in (
+        (*draw(), S2Attention(block_size=8, local_blocks=1, vert_stride=4, dense_period=1)),
+        (*draw(), XAttention(block_size=16, stride=4, threshold=0.5, dense_layers=(0, 1))),
+        (*draw(), XAttention(block_size=16, stride=4, threshold=0.5, dense_layers=(0, 1), scoring="random")),
+        (*draw(queries=1), Quest(token_budget=8, page_size=4, dense_layers=(0,))),
+    ):
+        dense = scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+        assert not torch.allclose(method(q, k, v, is_causal=True), dense, atol=1e-3)
+        torch.testing.assert_close(method(q, k, v, is_causal=True, layer=0), dense)
+
+
+def test_methods_calibrated_by_layers_ask_which_layer_a_call_is():
+    q, k, v = draw(queries=1)
+    with pytest.raises(CalibrationError, match="has not seen data yet"):
+        DoubleSparsity(tokens=4)(q, k, v)
+    order = ChannelOrder({layer: torch.arange(16).repeat(4, 1) for layer in (0, 2)})
+    by_order = DoubleSparsity(tokens=4, channel_order=order)
+    by_heads = XAttention(block_size=16, stride=4, threshold=HeadThresholds({2: torch.full((4,), 0.5)}))
+    for method, args in ((by_order, (q, k, v)), (by_heads, draw())):
+        with pytest.raises(ConfigurationError, match=r"layer is None.*2\].*layer=2\)"):
+            method(*args, is_causal=True)
+        assert method(*args, is_causal=True, layer=2).shape == args[0].shape
 
 
 def test_under_autocast_the_function_takes_its_dtype():

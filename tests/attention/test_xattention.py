@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -251,8 +252,9 @@ def test_parameters_out_of_range_are_refused(options, message):
 def test_bad_input_is_refused(tiny_llama):
     method = XAttention(stride=4, block_size=8)
     call = call_of(40, 40)
-    with pytest.raises(NonFiniteError, match="query of layer 0"):
-        method(call.query.fill_(float("nan")), call.key, call.value)
+    for options, said in (({}, "query of attention"), ({"layer": 3}, "query of layer 3")):
+        with pytest.raises(NonFiniteError, match=said):
+            method(call.query * float("nan"), call.key, call.value, **options)
     with pytest.raises(ConfigurationError, match="multiple"):
         method(torch.zeros(1, 3, 8, 4), torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4))
     with pytest.raises(ConfigurationError, match="at least as many keys"):
@@ -261,6 +263,31 @@ def test_bad_input_is_refused(tiny_llama):
         method.calibrate(tiny_llama, [torch.ones(1, 6, dtype=torch.long)], progress=False)
     with pytest.raises(ConfigurationError, match="scoring is 'spiral'"):
         score_blocks(call_of(40, 40), "spiral", 4, 8)
+
+
+NEEDS_A_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a compiler of C++"
+)
+
+
+@NEEDS_A_COMPILER
+def test_inductor_compiles_what_is_around_a_selection():
+    method, call = XAttention(threshold=0.5, stride=4, block_size=8), call_of(40, 40)
+
+    def attend(q, k, v):
+        return method(q * 2, k, v, is_causal=True) + 1
+
+    tensors = (call.query, call.key, call.value)
+    torch.testing.assert_close(torch.compile(attend)(*tensors), attend(*tensors))
+
+
+@NEEDS_A_COMPILER
+@pytest.mark.slow
+def test_inductor_compiles_a_model_around_its_selections(tiny_llama, tokens):
+    with torch.no_grad(), XAttention(threshold=0.5, stride=4, block_size=8).active(tiny_llama) as installed:
+        wanted = tiny_llama(tokens, use_cache=False).logits
+        torch.testing.assert_close(torch.compile(tiny_llama)(tokens, use_cache=False).logits, wanted)
+        assert installed.report().density("prefill") < 1
 
 
 def test_padding_is_not_counted(tiny_llama, tokens):

@@ -8,7 +8,7 @@ and taken out again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -154,13 +154,25 @@ class SparseAttention:
     Parameters
     ----------
     dense_layers
-        Layers that stay dense.
+        Layers that stay dense, counted from 0.
+
+    Raises
+    ------
+    ConfigurationError
+        If they are no such numbers.
     """
 
     dense_layers: tuple[int, ...] = field(default=(), kw_only=True)
 
     #: whether layers with a sliding window are treated as well
     treats_windows: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        layers = self.dense_layers
+        if not isinstance(layers, Collection) or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise ConfigurationError(
+                f"dense_layers is {layers!r}; give the numbers of layers, counted from 0, such as (0, 1), or () for none"
+            )
 
     def prefill(self, call: AttentionCall) -> BlockMask | None:
         """The blocks that the queries of a prompt read; None for all."""
@@ -225,7 +237,7 @@ class SparseAttention:
         *,
         key_mask: Tensor | None = None,
         window: int | None = None,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> Tensor:
         """Attention in place of ``torch.nn.functional.scaled_dot_product_attention``, with its signature.
 
@@ -251,7 +263,8 @@ class SparseAttention:
         window
             Keys up to its own that a query reads at most.
         layer
-            Index of the layer, for methods that treat layers differently.
+            Index of the layer, which methods that are calibrated layer by layer have to be told. By default none in
+            particular, which is never dense.
 
         Returns
         -------
@@ -261,7 +274,8 @@ class SparseAttention:
         Raises
         ------
         ConfigurationError
-            If shapes do not fit, a mask is more than causality and padding or given twice, or there is dropout.
+            If shapes do not fit, a mask is more than causality and padding or given twice, there is dropout, or the
+            method must be told which layer this is.
         NonFiniteError
             If a query or key is NaN or infinite.
         """
@@ -282,6 +296,7 @@ class SparseAttention:
         return call.dense() if answer is None else answer.output
 
 
+@torch.compiler.disable  # what is chosen depends on numbers, which a graph does not know
 def _attended(method: SparseAttention, call: AttentionCall) -> Answer | None:
     """A method's answer; sums that it takes in float32 are not rounded by autocast."""
     with torch.autocast(call.query.device.type, enabled=False):
@@ -345,7 +360,7 @@ def _check(call: AttentionCall) -> None:
         )
     for name, part in (("query", query), ("key", key)):
         if not torch.isfinite(part.sum(dtype=torch.float32)) and not bool(torch.isfinite(part).all()):
-            raise NonFiniteError(f"{name} of layer {call.layer} holds NaN or infinity; importance has no meaning then")
+            raise NonFiniteError(f"{name} of {call.place} holds NaN or infinity; importance has no meaning then")
 
 
 def check_share(value: float, name: str) -> float:
@@ -359,6 +374,29 @@ def check_share(value: float, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ConfigurationError(f"{name} is {value!r}; it must be in (0, 1], where 1 is dense")
     return value
+
+
+def named_layer(layer: int | None, known: Collection[int]) -> int:
+    """Return a layer if it is told.
+
+    Parameters
+    ----------
+    layer
+        Of a call.
+    known
+        Layers that the method has seen.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is not.
+    """
+    if layer is None:
+        raise ConfigurationError(
+            f"layer is None, but this method is calibrated layer by layer, for {sorted(known)}; say which one this is, "
+            f"as method(query, key, value, layer={max(known, default=0)})"
+        )
+    return layer
 
 
 def missing_calibration(method: SparseAttention) -> CalibrationError:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gossamer.attention.base import named_layer
 from gossamer.core.progress import track
 from gossamer.core.randomness import generator_for
 from gossamer.errors import CalibrationError, CheckpointError, NonFiniteError, UnknownNameError
@@ -45,15 +46,17 @@ class ChannelOrder:
     importance: str = "qk"
     tokens: int = 0
 
-    def first(self, layer: int, count: int, heads: int, device: torch.device) -> Tensor:
+    def first(self, layer: int | None, count: int, heads: int, device: torch.device) -> Tensor:
         """The most important channels of a layer, ``(key heads or heads, count)``.
 
         Raises
         ------
+        ConfigurationError
+            If no layer is named.
         CalibrationError
             If the layer was not seen, or the order is for fewer heads or channels.
         """
-        order = self.layers.get(layer)
+        order = self.layers.get(named_layer(layer, self.layers))
         if order is None or heads % len(order) or order.shape[1] < count:
             found = "no order" if order is None else f"an order of {tuple(order.shape)}"
             raise CalibrationError(

@@ -85,6 +85,7 @@ class DoubleSparsity(CachedAttention):
     channel_order: ChannelOrder | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         token_count(self.tokens, 1)
         if isinstance(self.channels, int) and not isinstance(self.channels, bool):
             channel_count(self.channels, max(1, self.channels))
@@ -113,11 +114,13 @@ class DoubleSparsity(CachedAttention):
         self.channel_order = found
         return found
 
-    def order(self, layer: int, heads: int, size: int, device: torch.device) -> Tensor:
+    def order(self, layer: int | None, heads: int, size: int, device: torch.device) -> Tensor:
         """Channels of a layer, ``(key heads or heads, r)``.
 
         Raises
         ------
+        ConfigurationError
+            If no layer is named.
         CalibrationError
             If there was no calibration, or for another model.
         """
@@ -259,7 +262,7 @@ class LabelInstalled(CacheInstalled):
             layers[index] = self.method.new_layer(index, first)
 
 
-def label_layer(cache: weakref.ref[Any] | None, index: int) -> LabelLayer | None:
+def label_layer(cache: weakref.ref[Any] | None, index: int | None) -> LabelLayer | None:
     """The layer of a cache that keeps labels, or None."""
     found = layer_of(cache, index)
     return found if isinstance(found, LabelLayer) else None

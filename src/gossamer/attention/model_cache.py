@@ -92,7 +92,8 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
 
 
-def layer_of(cache: weakref.ref[Any] | None, index: int) -> Any:
+def layer_of(cache: weakref.ref[Any] | None, index: int | None) -> Any:
     """A layer of a cache of transformers, or None."""
     layers = getattr(cache() if cache is not None else None, "layers", None)
-    return layers[index] if isinstance(layers, list) and index < len(layers) else None
+    there = isinstance(layers, list) and index is not None and index < len(layers)
+    return layers[index] if there else None

@@ -70,6 +70,7 @@ class S2Attention(base.SparseAttention):
     dense_period: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.pattern(max(1, self.num_dense_heads))
         if self.block_size < 1:
             raise ConfigurationError(f"block_size is {self.block_size}; it must be at least 1, such as 64")
@@ -88,8 +89,10 @@ class S2Attention(base.SparseAttention):
             self.offset,
         )
 
-    def is_dense(self, layer: int) -> bool:
-        """Whether a layer is left dense."""
+    def is_dense(self, layer: int | None) -> bool:
+        """Whether a layer is left dense; a call of no layer in particular never is."""
+        if layer is None:
+            return False
         return layer in self.dense_layers or (self.dense_period is not None and layer % self.dense_period == 0)
 
     def attend(self, call: AttentionCall) -> base.Answer | None:
@@ -98,7 +101,7 @@ class S2Attention(base.SparseAttention):
         if shards is not None:
             if call.window is not None:
                 raise ConfigurationError(
-                    f"layer {call.layer} has a sliding window of its own, but the S2Cache keeps shards for it; name it "
+                    f"{call.place} has a sliding window of its own, but the S2Cache keeps shards for it; name it "
                     "in dense_layers"
                 )
             return _from_cache(call, shards)
@@ -137,8 +140,6 @@ def _real(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return first.cpu(), last.cpu()
 
 
-def _one_query(call: AttentionCall, pattern: LocalStridePattern, size: int, first: Tensor, last: Tensor) -> base.Answer:
-    """Decoding with a cache that holds everything: only the tokens of the pattern are read."""
 def _density(pattern: LocalStridePattern, size: int, past: int, first: Tensor, last: Tensor) -> float:
     """Share of the pairs that the queries behind `past` read, of each sequence from its first real key to its last."""
     kept, allowed = 0.0, 0
@@ -158,6 +159,8 @@ def _pairs(pattern: LocalStridePattern, size: int, length: int, past: int) -> fl
     return float(mask.densities.mean()) * mask.geometry.pair_count
 
 
+def _one_query(call: AttentionCall, pattern: LocalStridePattern, size: int, first: Tensor, last: Tensor) -> base.Answer:
+    """Decoding with a cache that holds everything: only the tokens of the pattern are read."""
     keys = call.key.shape[2]
     rows = {length: pattern.tokens(length, size) for length in set((keys - first).tolist()) if length > 0}
     width = max((indices.shape[1] for indices, _ in rows.values()), default=0)

@@ -83,7 +83,7 @@ def _diagonal(call: AttentionCall, stride: int, block_size: int) -> Tensor:
 
 
 def _random(call: AttentionCall, stride: int, block_size: int) -> Tensor:
-    order = torch.randperm(stride, generator=torch.Generator().manual_seed(call.layer))
+    order = torch.randperm(stride, generator=torch.Generator().manual_seed(call.layer or 0))
     return _antidiagonal(_permuted(call, order), stride, block_size)
 
 

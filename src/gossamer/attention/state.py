@@ -51,7 +51,7 @@ class StepCache:
     index: int = -1
     branch: str = ""
     context: slice = field(default_factory=lambda: slice(0, 0))
-    _values: dict[tuple[int, str, str], Remembered] = field(default_factory=dict, repr=False)
+    _values: dict[tuple[int | None, str, str], Remembered] = field(default_factory=dict, repr=False)
 
     def begin(self, steps: int, context: slice = slice(0, 0)) -> None:
         """Forget everything; a sample of so many steps begins.
@@ -102,8 +102,8 @@ class StepCache:
         shape = tuple(call.query.shape[:3])
         if found is not None and found.shape != shape:
             raise ConfigurationError(
-                f"the {name} of layer {call.layer} was found for queries (batch, heads, tokens) of {found.shape} and "
-                f"these are {shape}; call begin(steps) when a new sample starts"
+                f"the {name} of {call.place} was found for queries (batch, heads, tokens) of {found.shape} and these "
+                f"are {shape}; call begin(steps) when a new sample starts"
             )
         return found
 
@@ -119,12 +119,12 @@ class StepCache:
         if found is None:
             branch = f" in branch {self.branch!r}" if self.branch else ""
             raise ConfigurationError(
-                f"layer {call.layer} has no {name} at step {self.index}{branch}; run every step from 0 on, as the step "
+                f"{call.place} has no {name} at step {self.index}{branch}; run every step from 0 on, as the step "
                 "that finds it was left out"
             )
         return found.value
 
-    def named(self, name: str) -> dict[tuple[int, str], Any]:
+    def named(self, name: str) -> dict[tuple[int | None, str], Any]:
         """(Layer, branch) → value, of all values of a name."""
         return {(layer, branch): kept.value for (layer, branch, what), kept in self._values.items() if what == name}
 
@@ -200,8 +200,8 @@ class StepwiseAttention(SparseAttention, ABC):
             return None
         if call.causal:
             raise ConfigurationError(
-                f"attention of layer {call.layer} is causal; {type(self).__name__} is for models that see both "
-                "directions: pass is_causal=False, or use a method for causal models"
+                f"{call.place} is causal; {type(self).__name__} is for models that see both directions: "
+                "pass is_causal=False, or use a method for causal models"
             )
         self.cache.check()
         return self.mix(call)

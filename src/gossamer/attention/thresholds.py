@@ -6,13 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gossamer.attention.base import SparseAttention, named_layer
 from gossamer.core.progress import track
 from gossamer.errors import CalibrationError, CheckpointError, ConfigurationError, ModelError
 from gossamer.measure.perplexity import perplexity
@@ -20,9 +20,6 @@ from gossamer.measure.runs import prepared, run_over
 from gossamer.models.attention_sites import AttentionCall, AttentionSite
 from gossamer.models.blocks import Batch
 from gossamer.storage.atomic import atomic_file
-
-if TYPE_CHECKING:
-    from gossamer.attention.base import SparseAttention
 
 _LOWERED = 0.9  # what a threshold is multiplied by when it is lowered
 
@@ -39,15 +36,17 @@ class HeadThresholds:
 
     layers: dict[int, Tensor] = field(default_factory=dict)
 
-    def of(self, layer: int, heads: int) -> Tensor:
+    def of(self, layer: int | None, heads: int) -> Tensor:
         """Thresholds of a layer, ``(heads,)``.
 
         Raises
         ------
+        ConfigurationError
+            If no layer is named.
         ModelError
             If there are none for this layer, or for another number of heads.
         """
-        found = self.layers.get(layer)
+        found = self.layers.get(named_layer(layer, self.layers))
         if found is None or len(found) != heads:
             known = "no layer" if found is None else f"{len(found)} heads in layer"
             raise ModelError(

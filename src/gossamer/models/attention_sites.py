@@ -27,7 +27,7 @@ class AttentionCall:
     Attributes
     ----------
     layer
-        Index of the layer.
+        Index of the layer; None for none in particular.
     query
         ``(batch, heads, queries, size)``, with rotary positions applied where the model has them.
     key, value
@@ -44,7 +44,7 @@ class AttentionCall:
         The attention module of the model, if there is one.
     """
 
-    layer: int
+    layer: int | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -53,6 +53,11 @@ class AttentionCall:
     window: int | None = None
     key_mask: Tensor | None = None
     module: nn.Module | None = None
+
+    @property
+    def place(self) -> str:
+        """What messages call the layer."""
+        return "attention" if self.layer is None else f"layer {self.layer}"
 
     @property
     def phase(self) -> Phase:
