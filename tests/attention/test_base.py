@@ -21,6 +21,7 @@ from gossamer.attention.thresholds import HeadThresholds
 from gossamer.attention.vertical_slash import VerticalSlash
 from gossamer.attention.xattention import XAttention
 from gossamer.errors import CalibrationError, ConfigurationError
+from gossamer.methods import create, methods
 
 PREFILL = {
     "xattention": lambda: XAttention(block_size=16, stride=4, threshold=0.7),
@@ -143,6 +144,21 @@ def test_methods_calibrated_by_layers_ask_which_layer_a_call_is():
         with pytest.raises(ConfigurationError, match=r"layer is None.*2\].*layer=2\)"):
             method(*args, is_causal=True)
         assert method(*args, is_causal=True, layer=2).shape == args[0].shape
+
+
+@pytest.mark.parametrize("name", [name for name, spec in methods().items() if "dense_layers" in spec.parameters])
+def test_every_method_refuses_what_are_no_layers(name):
+    for wrong, said in (
+        (3, "is 3"),
+        (None, "is None"),
+        ((0, -1), r"is \(0, -1\)"),
+        ("0", "is '0'"),
+        ([1.0], r"is \[1.0\]"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"dense_layers {said}; give the numbers of layers"):
+            create(name, dense_layers=wrong)
+    for right in ((), (0, 3), [2], range(4)):
+        assert create(name, dense_layers=right).dense_layers == right
 
 
 def test_under_autocast_the_function_takes_its_dtype():

@@ -246,7 +246,10 @@ def test_a_second_sample_is_not_touched_by_the_first():
         ({"mask": "stripes"}, "band, frames, or a BlockMask"),
         ({"mask": "frames"}, "frames is 1"),
         ({"dense_steps": -1}, "dense_steps is -1"),
+        ({"dense_steps": math.nan}, "dense_steps is nan"),
+        ({"dense_steps": math.inf}, "dense_steps is inf"),
         ({"refresh_every": 0}, "refresh_every 0"),
+        ({"refresh_every": math.nan}, "refresh_every nan"),
         ({"drift": math.nan}, "drift is nan"),
     ],
 )

@@ -81,6 +81,7 @@ class AdaSpa(StepwiseAttention):
     reorder: Tensor | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sparsity(self.sparsity)
         check_share(self.recall, "recall")
         if self.head_adaptive:

@@ -171,7 +171,7 @@ class SparseAttention:
         layers = self.dense_layers
         if not isinstance(layers, Collection) or not all(type(layer) is int and layer >= 0 for layer in layers):
             raise ConfigurationError(
-                f"dense_layers is {layers!r}; give the numbers of layers, counted from 0, such as (0, 1), or () for none"
+                f"dense_layers is {layers!r}; give the numbers of layers, counted from 0, as (0, 1), or () for none"
             )
 
     def prefill(self, call: AttentionCall) -> BlockMask | None:

@@ -50,6 +50,7 @@ class BlockSparse(SparseAttention):
     phase: ClassVar[Phase] = "prefill"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.chunk_size < SMALLEST_CHUNK:
             raise ConfigurationError(f"chunk_size is {self.chunk_size}; it must be {SMALLEST_CHUNK} or more")
         if self.top_chunks < FORCED:

@@ -60,6 +60,7 @@ class FlexPrefill(SparseAttention):
     phase: ClassVar[Phase] = "prefill"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_line_options(self)
         check_share(self.alpha, "alpha")
         if self.min_budget < 1:

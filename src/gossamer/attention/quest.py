@@ -56,6 +56,7 @@ class Quest(CachedAttention):
     phase: ClassVar[Phase] = "decode"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.page_size < 1:
             raise ConfigurationError(f"page_size is {self.page_size}; it must be 1 or more, such as 16")
         if self.token_budget < self.page_size or self.token_budget % self.page_size:

@@ -75,14 +75,16 @@ class Rettention(StepwiseAttention):
     ratio: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self.keep, "keep")
         if isinstance(self.mask, str) and self.mask not in ("band", "frames"):
             raise ConfigurationError(f"mask is {self.mask!r}; it must be band, frames, or a BlockMask")
         if self.mask == "frames" and self.frames < 2:
             raise ConfigurationError(f"frames is {self.frames}; say how many frames a video has, or use mask='band'")
-        if self.dense_steps < 0 or self.refresh_every < 1:
+        if not (0 <= self.dense_steps < math.inf and 1 <= self.refresh_every < math.inf):
             raise ConfigurationError(
-                f"dense_steps is {self.dense_steps} and refresh_every {self.refresh_every}; give at least 0 and 1"
+                f"dense_steps is {self.dense_steps} and refresh_every {self.refresh_every}; give finite numbers, at "
+                "least 0 and 1"
             )
         if not math.isfinite(self.drift):
             raise ConfigurationError(f"drift is {self.drift}; it must be a finite number, such as 0.04")

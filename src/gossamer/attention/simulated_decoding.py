@@ -156,6 +156,7 @@ class SimulatedDecoding(SparseAttention):
     start: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         token_count(self.tokens, 1)
         if self.start < 0:
             raise ConfigurationError(f"start is {self.start}; it must be at least 0")
@@ -203,6 +204,7 @@ class HeavyHitters(SparseAttention):
     start: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens < 2 or self.start < 0:
             raise ConfigurationError(f"tokens is {self.tokens} and start {self.start}; at least 2 and 0 are needed")
 

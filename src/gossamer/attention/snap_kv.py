@@ -68,6 +68,7 @@ class SnapKV(CachedAttention):
     phase: ClassVar[Phase] = "decode"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("approximation", 1), ("kernel_size", 1), ("local_window", 0), ("sinks", 0)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be {least} or more")

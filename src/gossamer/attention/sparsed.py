@@ -67,6 +67,7 @@ class SparseD(StepwiseAttention):
     isolated: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.skip <= 1:
             raise ConfigurationError(f"skip is {self.skip!r}; it must be in [0, 1], where 1 leaves all steps dense")
         check_share(self.select, "select")

@@ -65,6 +65,7 @@ class VerticalSlash(SparseAttention):
     phase: ClassVar[Phase] = "prefill"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_line_options(self)
         if self.vertical_size < 1 or self.slash_size < 1:
             raise ConfigurationError(

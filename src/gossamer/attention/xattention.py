@@ -70,6 +70,7 @@ class XAttention(SparseAttention):
     scoring: Scoring = "antidiagonal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.threshold, HeadThresholds):
             check_share(self.threshold, "threshold")
         check_scoring(self.scoring, self.stride, self.block_size)
