@@ -18,7 +18,8 @@ from gossamer.activations.rules import ActivationRules
 from gossamer.activations.sparsing_law import PPLBudget
 from gossamer.activations.teal import Teal
 from gossamer.core.channel_rules import ChannelRule, Everything, GroupTopK, Threshold, TopK
-from gossamer.errors import ModelError, OutputError
+from gossamer.errors import ModelError, OutputError, TargetError
+from gossamer.runtime.compress import compress
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -326,6 +327,16 @@ def test_groups_that_do_not_divide_the_channels_are_refused(tiny_llama):
     rules = ActivationRules({"model.layers.0.mlp.up_proj": ChannelRule(GroupTopK(2, 5))})
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj: .* groups of 5 .* do not divide .* 48"):
         install(tiny_llama, rules)
+
+
+def test_layers_are_not_packed_under_rules_and_packed_ones_are_not_calibrated(tiny_llama, batches):
+    teal = at_half(tiny_llama, batches)
+    with teal.active(tiny_llama), pytest.raises(ModelError, match="would not survive"):
+        compress(tiny_llama, "int8", progress=False)
+    compress(tiny_llama, "int8", progress=False)
+    with pytest.raises(TargetError, match="compress last"):
+        teal.calibrate(tiny_llama, batches, progress=False)
+    assert teal.rules_.thresholds(tiny_llama).inputs
 
 
 def gradients_and_counts(model, inputs):

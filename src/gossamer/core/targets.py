@@ -170,7 +170,10 @@ def _matches(name: str, globs: tuple[str, ...]) -> bool:
 def _examples(model: nn.Module) -> str:
     modules = [each for each in model.named_modules() if not isinstance(each[1], (nn.Embedding, nn.RNNBase))]
     names = [name for name, module in modules if next(_targets_of(name, module), None)]
-    return ", ".join(repr(name) for name in (names[:1] + names[-1:])) or "nothing prunable"
+    return (
+        ", ".join(repr(name) for name in (names[:1] + names[-1:]))
+        or "nothing prunable (packed layers are not: compress last)"
+    )
 
 
 def _targets_of(module_name: str, module: nn.Module) -> Iterator[Target]:

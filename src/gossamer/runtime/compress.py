@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.progress import track
-from gossamer.errors import ConfigurationError, TargetError
+from gossamer.errors import ConfigurationError, ModelError, TargetError
 from gossamer.kernels.blocks import block_height
 from gossamer.kernels.groups import GroupMatrix
 from gossamer.kernels.kinds import group_density, pack
@@ -148,6 +148,8 @@ def compress(
         If the model has no linear layer that matches.
     ConfigurationError
         If a format is unknown or does not fit `activations`, or a layer is not on the CPU or of another dtype.
+    ModelError
+        If activation rules are at work in the model.
 
     Examples
     --------
@@ -156,6 +158,8 @@ def compress(
     >>> print(gossamer.compress(loaded.model))  # doctest: +SKIP
     """
     check_formats(format, head, activations)
+    if any("_activation_rules" in vars(part) for part in model.modules()):
+        raise ModelError("activation rules are at work in this model and would not survive; call their remove() first")
     chosen = Choices() if choices is None else choices
     layers = _linear_layers(model, tuple(include), tuple(exclude))
     output = _output_head(model)
