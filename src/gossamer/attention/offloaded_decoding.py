@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from gossamer.attention.base import Answer, TokenSelection, missing_calibration
+from gossamer.attention.base import Answer, missing_calibration
 from gossamer.attention.density import COUNTING
 from gossamer.attention.double_sparsity import DoubleSparsity, LabelInstalled, label_layer, token_count
 from gossamer.attention.label_cache import LabelLayer
 from gossamer.attention.model_cache import PerThread, cache_of
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.attention.token_sparse_layers import decoder_stack
 from gossamer.errors import ConfigurationError, UnknownNameError
 from gossamer.models.attention_sites import AttentionCall, allowed_links
@@ -223,7 +224,7 @@ class OffloadedDoubleSparsity(DoubleSparsity):
         # select() takes in one more token by itself, the newest
         mask = None if real is None else torch.cat([real, real.new_ones(len(real), 1)], 1)
         shape = query.new_empty(0).expand(len(query), query.shape[1], length + 1, 0)
-        call = AttentionCall(-1, query, shape, shape, 1.0, key_mask=mask)
+        call = AttentionCall(None, query, shape, shape, 1.0, key_mask=mask)
         found = self.select(call, layer.order.to(query.device), labels, count + 1)
         if found.counts is None:
             return TokenSelection(found.indices[..., :-1])
