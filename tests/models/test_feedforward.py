@@ -178,6 +178,15 @@ def test_the_search_works_in_inference_mode_and_refuses_a_model_that_was_made_in
         find_feed_forwards(made_inside)
 
 
+def test_adapters_are_no_feed_forward_layers():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(build("llama", **CASES["llama"][0]), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    assert [each.name for each in find_feed_forwards(wrapped.get_decoder())] == ["layers.0.mlp", "layers.1.mlp"]
+    inside = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    with pytest.raises(TargetError, match=r"free of adapters.*merge_and_unload\(\)"):
+        find_feed_forwards(peft.get_peft_model(build("llama", **CASES["llama"][0]), inside))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_weight_is_named_where_it_hides_the_layers(value):
     model = build("llama", **CASES["llama"][0])

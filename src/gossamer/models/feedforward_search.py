@@ -30,8 +30,9 @@ _NOISE_SHAPE = (8, 3)  # sequences, so that no channel is cut off by its activat
 def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     """The feed-forward layers of a model, in the order in which it defines them.
 
-    Linear layers and transformers' ``Conv1D`` are looked at; experts stacked in one parameter are not. The model is
-    left as it is; each kind of container is run a few times on a few random tokens.
+    Linear layers and transformers' ``Conv1D`` are looked at; experts stacked in one parameter are not, nor are
+    adapters, and layers that have some are none. The model is left as it is; each kind of container is run a few times
+    on a few random tokens.
 
     Raises
     ------
@@ -42,10 +43,11 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     NonFiniteError
         If it fails and a weight is NaN or infinite, which hides what depends on what.
     """
+    adapters = _adapters(model)
     linear = {
         id(t.module): t
         for t in find_targets(model, heads=True)
-        if t.index is None and (isinstance(t.module, nn.Linear) or t.transposed)
+        if t.index is None and (isinstance(t.module, nn.Linear) or t.transposed) and id(t.module) not in adapters
     }
     blocks = [name for stack in find_stacks(model) for name in stack.blocks]
     found: dict[str, FeedForward] = {}
@@ -57,6 +59,11 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
     if not found:
         _check_gradients(model)
         _check_finite(linear.values())
+        if adapters:
+            raise TargetError(
+                f"no feed-forward layer of {type(model).__name__} is free of adapters, which compute with all of its "
+                f"channels; merge them first, with merge_and_unload()"
+            )
         raise TargetError(
             f"no feed-forward layer in {type(model).__name__}: none of its {len(linear)} linear layers form a pair "
             f"d→m→d with independent channels in the middle; prune weights instead, for instance with 'wanda'"
@@ -109,6 +116,16 @@ def _check_gradients(model: nn.Module) -> None:
             f"{name} was made inside of torch.inference_mode(), and no gradient goes through it, by which feed-forward "
             f"layers are found; load the model outside of that mode"
         )
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """Ids of the modules that PEFT has put beside a layer."""
+    found: set[int] = set()
+    for wrapper in model.modules():
+        base = getattr(wrapper, "base_layer", None)
+        if isinstance(base, nn.Module):
+            found |= {id(part) for part in wrapper.modules()} - {id(part) for part in base.modules()}
+    return found
 
 
 def _check_finite(targets: Iterable[Target]) -> None:
