@@ -120,7 +120,9 @@ def test_that_nothing_is_evicted_from_a_static_cache_is_told_once(tiny_llama, na
     options = {**GREEDY, "cache_implementation": "static"}
     expected = tiny_llama.generate(ids(1, 40), **options)
     with FACTORIES[name]().active(tiny_llama) as installed:
-        with pytest.warns(UserWarning, match=r"SnapKV evicts nothing: layer 0 has a StaticLayer, and only") as told:
+        with pytest.warns(
+            UserWarning, match=r"SnapKV evicts nothing: the cache of layer 0 is of type StaticLayer, and"
+        ) as told:
             found = tiny_llama.generate(ids(1, 40), **options)
         assert len([one for one in told if "evicts nothing" in str(one.message)]) == 1
         assert installed.report().density("decode") == 1

@@ -17,44 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.attention.density import COUNTING, DensityReport, Tally
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.core.block_mask import BlockMask
 from gossamer.errors import CalibrationError, ConfigurationError, NonFiniteError
 from gossamer.kernels.attention import block_sparse_attention, gather_attention
 from gossamer.models.attention_sites import AttentionCall, AttentionSite, Phase, as_autocast, parse_mask
-
-
-@dataclass(frozen=True, eq=False)
-class TokenSelection:
-    """The keys that a single query reads.
-
-    Attributes
-    ----------
-    indices
-        ``(batch, heads or key heads, tokens)``, without repetition.
-    counts
-        ``(batch, heads or key heads)``: how many of the first are meant; None for all.
-    """
-
-    indices: Tensor
-    counts: Tensor | None = None
-
-    @classmethod
-    def real_first(cls, indices: Tensor, real: Tensor) -> TokenSelection:
-        """Listed keys ``(batch, heads, n)`` that are no padding, ``(batch, keys)``, in front, and how many they are."""
-        meant = real[:, None, :].expand(-1, indices.shape[1], -1).gather(-1, indices)
-        order = meant.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        return cls(indices.gather(-1, order), meant.sum(-1))
-
-    def density(self, keys: int, real: Tensor | None = None) -> float:
-        """Share of the keys that is read; of those that are no padding, ``(batch, keys)``, where they are told."""
-        if real is None:
-            read = float(self.indices.shape[-1]) if self.counts is None else float(self.counts.double().mean())
-            return read / keys
-        real = real & real[:, -1:]  # of a query that is padding nothing counts
-        read = real[:, None].expand(-1, self.indices.shape[1], -1).gather(-1, self.indices)
-        if self.counts is not None:
-            read &= torch.arange(read.shape[-1], device=read.device) < self.counts[..., None]
-        return int(read.sum()) / self.indices.shape[1] / max(int(real.sum()), 1)
 
 
 class Installed:

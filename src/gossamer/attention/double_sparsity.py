@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import Answer, Installed, TokenSelection, missing_calibration
+from gossamer.attention.base import Answer, Installed, missing_calibration
 from gossamer.attention.channel_order import ChannelOrder, Importance, Scope, calibrate_channels, check_names
 from gossamer.attention.label_cache import LabelCache, LabelLayer, channels_of
 from gossamer.attention.model_cache import CachedAttention, CacheInstalled, layer_of
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
 from gossamer.kernels.attention import label_attention, label_topk

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import TokenSelection
 from gossamer.attention.model_cache import CacheInstalled, layer_of
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.errors import ConfigurationError
 
 

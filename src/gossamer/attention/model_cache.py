@@ -95,5 +95,6 @@ def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
 def layer_of(cache: weakref.ref[Any] | None, index: int | None) -> Any:
     """A layer of a cache of transformers, or None."""
     layers = getattr(cache() if cache is not None else None, "layers", None)
-    there = isinstance(layers, list) and index is not None and index < len(layers)
-    return layers[index] if there else None
+    if index is None or not isinstance(layers, list) or index >= len(layers):
+        return None
+    return layers[index]

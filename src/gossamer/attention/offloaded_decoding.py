@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
-from gossamer.attention.base import Answer, TokenSelection, missing_calibration
+from gossamer.attention.base import Answer, missing_calibration
 from gossamer.attention.density import COUNTING
 from gossamer.attention.double_sparsity import DoubleSparsity, LabelInstalled, label_layer, token_count
 from gossamer.attention.label_cache import LabelLayer
 from gossamer.attention.model_cache import PerThread, cache_of
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.attention.token_sparse_layers import decoder_stack
 from gossamer.errors import ConfigurationError, UnknownNameError
 from gossamer.models.attention_sites import AttentionCall, allowed_links

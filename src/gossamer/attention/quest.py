@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from gossamer.attention.base import TokenSelection
 from gossamer.attention.model_cache import CachedAttention, layer_of
 from gossamer.attention.page_cache import PagedLayer, Pages
+from gossamer.attention.token_selection import TokenSelection
 from gossamer.core.block_mask import block_count
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError

@@ -109,8 +109,9 @@ class SnapKV(CachedAttention):
         elif cache is not None and call.window is None and not self._told:
             self._told = True
             warnings.warn(
-                f"{type(self).__name__} evicts nothing: layer {call.layer} has a {type(layer or cache).__name__}, and "
-                "only a DynamicCache gives tokens up; leave cache_implementation out",
+                f"{type(self).__name__} evicts nothing: the cache of {call.place} is of type "
+                f"{type(layer or cache).__name__}, and only a DynamicCache gives tokens up; leave cache_implementation "
+                "out",
                 stacklevel=2,
             )
 

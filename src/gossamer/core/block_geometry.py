@@ -119,21 +119,28 @@ class BlockGeometry:
         Tensor
             int64 ``(batch, query blocks, key blocks)``.
         """
-        keys, device = self.key_length, real.device
-        among = self.causal or self.query_length == keys
-        asks = real[:, keys - self.query_length :] if among else real.new_ones(len(real), self.query_length)
-        before = pad(real.cumsum(1), (1, 0))  # how many real keys there are before each place
-        edges = pad(self._starts(1).to(device), (0, 1), value=keys)
-        last = torch.full((self.query_length,), keys, device=device)
-        first = torch.zeros_like(last)
-        if self.causal:
-            last = torch.arange(keys - self.query_length, keys, device=device) + 1
-            first = first if window is None else (last - window).clamp(min=0)
-        found = []
-        for rows in torch.arange(self.query_length, device=device).split(self.block_size[0]):
-            read = before[:, edges.clamp(first[rows, None], last[rows, None])].diff(dim=-1)
-            found.append((read * asks[:, rows, None]).sum(1))
-        return torch.stack(found, 1)
+        queries, keys = self.query_length, self.key_length
+        past = (
+            keys - queries if self.causal else keys
+        )  # query i reads the first past + i + 1 keys, if there are so many
+        reach = window if self.causal and window is not None else keys + queries
+        among = self.causal or queries == keys
+        asks = real[:, keys - queries :].long() if among else real.new_ones(len(real), queries, dtype=torch.int64)
+        rows = pad(self._starts(0), (0, 1), value=queries)[:, None]
+        edges = pad(self._starts(1), (0, 1), value=keys)
+        # pairs of the queries before a row with the keys before an edge: the first queries read no key behind it,
+        # those from `inside` on read up to it and further, and those from `beyond` on read only what is behind it
+        inside, beyond = (edges - past - 1).clamp(0, queries), (edges - past + reach).clamp(0, queries)
+        ends = (torch.arange(queries, device=real.device) + past + 1).clamp(max=keys)
+        before = pad(real.cumsum(1), (1, 0))
+        count, low, high = (
+            pad(part.cumsum(1), (1, 0))
+            for part in (asks, asks * before[:, (ends - reach).clamp(min=0)], asks * before[:, ends])
+        )
+        within = count[:, rows.clamp(inside, beyond)] - count[:, inside][:, None]
+        found = high[:, rows.minimum(inside)] + within * before[:, edges][:, None]
+        found += low[:, rows.maximum(beyond)] - low[:, beyond][:, None]
+        return found.diff(dim=1).diff(dim=2)
 
     def ends(self, first: int, last: int) -> Tensor:
         """The first blocks of every row and the last ones up to the row's own, bool, as :attr:`allowed`."""
