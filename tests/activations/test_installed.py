@@ -349,7 +349,7 @@ def gradients_and_counts(model, inputs):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("method", [Teal, RSparse])
+@pytest.mark.parametrize("method", [Teal, RSparse, Chess])
 def test_checkpointing_computes_again_with_the_dense_tokens_of_its_call(tiny_llama, batches, method, reentrant):
     sparsifier = method(sparsity=0.5, dense_prefill=0.4)
     sparsifier.calibrate(tiny_llama, batches, progress=False)
