@@ -27,7 +27,7 @@ def check_positions(model: Any, what: str) -> None:
         If it takes none, as with ALiBi, where they are counted by what is in the cache.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not accepted(decoder, position_ids=None) or getattr(decoder.config, "alibi", False):
+    if not accepted(decoder, position_ids=None) or getattr(getattr(decoder, "config", None), "alibi", False):
         raise ModelError(
             f"{type(model).__name__} takes no positions of tokens but counts them, as with ALiBi; {what} has to tell "
             f"them: use a model with rotary or learned positions"

@@ -105,7 +105,8 @@ def empty_cache(model: Any) -> Any:
     ConfigurationError
         If that kind cannot be rewritten, as with sliding windows; see :func:`rewritable`.
     """
-    return rewritable(DynamicCache(config=model.config.get_text_config(decoder=True)))
+    config = getattr(model, "config", None)
+    return rewritable(DynamicCache(config=config if config is None else config.get_text_config(decoder=True)))
 
 
 def crop_to(cache: Any, tokens: int) -> None:
