@@ -331,8 +331,9 @@ def test_groups_that_do_not_divide_the_channels_are_refused(tiny_llama):
 
 def test_layers_are_not_packed_under_rules_and_packed_ones_are_not_calibrated(tiny_llama, batches):
     teal = at_half(tiny_llama, batches)
-    with teal.active(tiny_llama), pytest.raises(ModelError, match="would not survive"):
-        compress(tiny_llama, "int8", progress=False)
+    for part in (tiny_llama, tiny_llama.model):
+        with teal.active(tiny_llama), pytest.raises(ModelError, match="would not survive"):
+            compress(part, "int8", progress=False)
     compress(tiny_llama, "int8", progress=False)
     with pytest.raises(TargetError, match="compress last"):
         teal.calibrate(tiny_llama, batches, progress=False)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from gossamer.activations.budgets import GreedyAllocation, largest_within
-from gossamer.activations.installed import Installed, at_work
+from gossamer.activations.installed import Installed
 from gossamer.activations.positions import DenseTokens
 from gossamer.activations.rules import ActivationRules
 from gossamer.core.channel_rules import ChannelRule, Everything, Selection, Threshold, TopK
@@ -33,6 +33,7 @@ from gossamer.models.activation_sites import (
     find_gate_sites,
     find_input_sites,
     layer_shapes,
+    rules_at_work,
 )
 from gossamer.models.blocks import Batch
 from gossamer.models.rotation import is_rotated
@@ -271,7 +272,7 @@ def check_dense(model: nn.Module) -> None:
     ModelError
         If there are.
     """
-    if at_work(model):
+    if rules_at_work(model):
         raise ModelError("activation rules are at work in this model, so it is not dense; call their remove() first")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.activations.output_entropy import BASES, forward_correction
-from gossamer.activations.positions import recomputing
+from gossamer.core.backward_passes import recomputing
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError, UnknownNameError
 

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.positions import DenseTokens, recomputing, token_stacks
+from gossamer.activations.positions import DenseTokens, token_stacks
 from gossamer.activations.rules import ActivationRules, LowRank
+from gossamer.core.backward_passes import recomputing
 from gossamer.core.channel_rules import ChannelRule, GroupTopK, TopK
 from gossamer.errors import ModelError
 from gossamer.kernels import channels_triton
 from gossamer.kernels.channel_products import input_sparse
 from gossamer.kernels.channels import DEVICES, ChannelMatrix, lay_by_channels
 from gossamer.measure.weights_read import WeightsRead, weights_read
-from gossamer.models.activation_sites import GateSite, InputSite
+from gossamer.models.activation_sites import GateSite, InputSite, RuleAtWork, rules_at_work
 from gossamer.models.rotation import rotation_size
 
 
@@ -52,7 +53,7 @@ class Tally:
 
 
 @dataclass(eq=False)
-class Site:
+class Site(RuleAtWork):
     """A rule in its place; its methods are hooks, so that a copy of the model has sites of its own."""
 
     rule: ChannelRule
@@ -134,7 +135,7 @@ class Installed:
     ):
         rules.check_model(model)
         _check(rules, inputs, gates)
-        if at_work(model):
+        if rules_at_work(model):
             raise ModelError("other activation rules are at work in this model; call their remove() first")
         self.model, self.rules = model, rules
         self.tokens = DenseTokens(dense_prefill)
@@ -215,15 +216,6 @@ class Installed:
         self.remove()
 
 
-def at_work(model: nn.Module) -> bool:
-    """Whether activation rules are at work in a model, installed in it, in a part of it or in a larger one."""
-    return any(
-        isinstance(getattr(hook, "__self__", None), Site | _LiveChannels)
-        for module in model.modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), module.forward)
-    )
-
-
 def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> list[Any]:
     if thresholds is not None and type(module) is nn.Linear and _product(module.weight.device) is not None:
         return [_LiveChannels(module, site, thresholds)]
@@ -237,7 +229,7 @@ def _hook_input(module: nn.Module, site: Site, thresholds: Tensor | None) -> lis
 _FEW = 32  # vectors; with more, the union of what they want is nearly everything
 
 
-class _LiveChannels:
+class _LiveChannels(RuleAtWork):
     """Stands in for a linear layer: few tokens read the channels that some of them wants, many take it all."""
 
     def __init__(self, module: nn.Linear, site: Site, thresholds: Tensor):

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.backward_passes import backward_pass, recomputing
 from gossamer.errors import ConfigurationError, ModelError
 from gossamer.models.blocks import find_stacks
 
@@ -80,7 +81,7 @@ class DenseTokens:
             if torch.is_grad_enabled() or values.requires_grad:
                 self._calls[values.untyped_storage()] = self.dense
         elif recomputing() and values.untyped_storage() in self._calls:
-            self._again = _backward_pass(), self._calls[values.untyped_storage()]
+            self._again = backward_pass(), self._calls[values.untyped_storage()]
 
     def _look(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
@@ -120,7 +121,7 @@ class DenseTokens:
 
     def _recalled(self) -> Tensor | None:
         known, dense = self._again
-        if self.prompt and known != _backward_pass():
+        if self.prompt and known != backward_pass():
             raise ModelError(
                 "gradient checkpointing computes something again whose dense tokens cannot be told, since its inputs "
                 "were copied or are not those of a block; checkpoint whole blocks, or set dense_prefill=0"
@@ -146,16 +147,6 @@ class DenseTokens:
     def _first(self, tokens: Tensor) -> Tensor:
         # 0.07 · 100 is a little more than 7 in binary
         return (self.prompt * tokens.double() - 1e-9).ceil()
-
-
-def recomputing() -> bool:
-    """Whether this runs in a backward pass, where gradient checkpointing computes again what has been computed."""
-    return not torch.compiler.is_compiling() and _backward_pass() >= 0
-
-
-def _backward_pass() -> int:
-    """Number of the backward pass that is running; −1 outside of any."""
-    return torch._C._current_graph_task_id()
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from gossamer.attention.cluster_attention import Members, balanced_topk_route, clustered_attention, ordered_attention
 from gossamer.attention.local_attention import RelativeLocalAttention
+from gossamer.core.backward_passes import recomputing
 from gossamer.core.kmeans import Reduction, SphericalKMeans
 from gossamer.core.registry import register
 from gossamer.errors import ConfigurationError
@@ -180,7 +181,7 @@ class RoutingAttention(nn.Module):
         q, v = functional.layer_norm(parts[0], size), parts[-1]
         k = q if self.shared_qk else functional.layer_norm(parts[1], size)
         asked = (q,) if self.shared_qk else (q, k)
-        learns = self.training and not _computed_again()
+        learns = self.training and not recomputing()
         if learns:
             self._move_centroids(asked, mask)
         scores = [self.kmeans.similarity(part) for part in asked]
@@ -259,11 +260,6 @@ def _check(dim: int, heads: int, local: int, window: int | None, commitment: flo
         raise ConfigurationError(f"window is {window}; a cluster needs at least 1 token, or None for n / clusters")
     if commitment < 0:
         raise ConfigurationError(f"commitment is {commitment}; it must not be negative")
-
-
-def _computed_again() -> bool:
-    """Whether this pass repeats an earlier one inside a backward pass, as activation checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def update_centroids_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> Any:

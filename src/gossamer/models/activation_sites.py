@@ -318,3 +318,16 @@ def _run(layer: FeedForward, noise: Tensor) -> Tensor:
 
 def _matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
+
+
+class RuleAtWork:
+    """What an activation rule has put into a module, as a hook or in the place of its ``forward``."""
+
+
+def rules_at_work(model: nn.Module) -> bool:
+    """Whether activation rules are at work in a model, installed in it, in a part of it or in a larger one."""
+    return any(
+        isinstance(getattr(hook, "__self__", None), RuleAtWork)
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), module.forward)
+    )

@@ -18,6 +18,7 @@ from gossamer.kernels.kinds import group_density, pack
 from gossamer.kernels.matrix import PackedMatrix
 from gossamer.kernels.native import available
 from gossamer.kernels.nm import find_pattern
+from gossamer.models.activation_sites import rules_at_work
 from gossamer.runtime.choice import GROUPS_PAY, Case, Choices, Storage, candidates, fastest
 from gossamer.storage.layers import PackedEmbedding, SparseLinear
 
@@ -158,7 +159,7 @@ def compress(
     >>> print(gossamer.compress(loaded.model))  # doctest: +SKIP
     """
     check_formats(format, head, activations)
-    if any("_activation_rules" in vars(part) for part in model.modules()):
+    if rules_at_work(model):
         raise ModelError("activation rules are at work in this model and would not survive; call their remove() first")
     chosen = Choices() if choices is None else choices
     layers = _linear_layers(model, tuple(include), tuple(exclude))
